@@ -1,0 +1,9 @@
+"""One mergeable statistic a file."""
+
+from .base import Statistic as Statistic
+from .count import Count as Count
+from .firing_rate import FiringRate as FiringRate
+from .moments import Covariance as Covariance
+from .moments import Moments as Moments
+from .top_activations import Top as Top
+from .top_activations import TopActivations as TopActivations

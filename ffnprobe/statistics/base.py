@@ -1,0 +1,75 @@
+"""What is kept of a stream: named tensors that add up."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Statistic(ABC):
+    """A mergeable summary of a stream of rows, one row a token, of fixed size however long the stream.
+
+    However a stream is split and in whatever order the parts are merged, `compute` says the same. A
+    subclass says what a batch adds (`_summary`) and what the state means (`compute`); it overrides `_add`
+    where the state does not simply add up.
+    """
+
+    fixed: ClassVar[tuple[str, ...]] = ()  # tensors that are set at the start and equal in every partner
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = dict(state)
+
+    def update(self, x: Float[Tensor, "n width"], at: Int[Tensor, " n"]) -> None:
+        """Take in a batch: one row a token, and each token's flat index in the corpus."""
+        if len(x):
+            self._add(self._summary(x, at))
+
+    def merge(self, other: Statistic) -> None:
+        """Take in all that `other` has seen; `other` stays as it is and shares no memory with this one.
+
+        Raises:
+            ValueError: it is another kind of statistic, or was set up differently.
+        """
+        if type(other) is not type(self):
+            raise ValueError(f"cannot merge {type(other).__name__} into {type(self).__name__}: merge like with like")
+        for name, mine in self._state.items():
+            theirs = other._state[name]
+            if mine.shape != theirs.shape or (name in self.fixed and not torch.equal(mine, theirs)):
+                raise ValueError(f"cannot merge: {name!r} differs between the two; set both up from one pilot sample")
+        self._add(other._state)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of all there is, as named tensors; `type(self)(state)` makes the statistic again."""
+        return {name: tensor.clone() for name, tensor in self._state.items()}
+
+    @property
+    def n(self) -> int:
+        """Tokens seen."""
+        return int(self._state["n"])
+
+    @abstractmethod
+    def _summary(self, x: Float[Tensor, "n width"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
+        """The state that this batch alone would give (without the fixed tensors)."""
+
+    def _add(self, part: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._state.items():
+            if name not in self.fixed:
+                tensor += part[name]
+
+    @abstractmethod
+    def compute(self) -> Any:
+        """What the state means; pure, and raises ValueError where too few tokens were seen."""
+
+    def _need(self, least: int, what: str) -> None:
+        if self.n < least:
+            raise ValueError(f"{what} needs at least {least} tokens, got {self.n}: give it more text")
+
+
+def no_tokens() -> Tensor:
+    """The count at the start."""
+    return torch.zeros((), dtype=torch.int64)

@@ -1,0 +1,89 @@
+"""Which tokens activate each neuron most?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .base import Statistic, no_tokens
+
+MOST_TOKENS = 2**31
+EMPTY = torch.iinfo(torch.int64).min
+
+
+@dataclass(frozen=True)
+class Top:
+    """The strongest tokens of each neuron, strongest first; places that no token has taken are cut."""
+
+    activation: Float[Tensor, "d_mlp k"]  # signed
+    at: Int[Tensor, "d_mlp k"]  # flat token index in the corpus
+
+
+class TopActivations(Statistic):
+    """The k tokens of largest |x| (or x) for each neuron; equal ones go to the earlier token.
+
+    Each entry is one sortable integer: 32 bits of float that order as the float does, 31 bits of token
+    index counted down, the sign. A total order makes the selection independent of how the stream was cut,
+    and a merge one `topk`.
+    """
+
+    fixed = ("by_magnitude",)
+
+    @classmethod
+    def about(cls, sample: Float[Tensor, "n d"], k: int = 20, by_magnitude: bool = False) -> TopActivations:
+        """Nothing seen yet. `by_magnitude` ranks by |x|: on gated neurons the sign of x is a gauge."""
+        empty = torch.full((sample.shape[1], k), EMPTY, device=sample.device)
+        return cls({"n": no_tokens(), "entries": empty, "by_magnitude": torch.tensor(by_magnitude)})
+
+    def _summary(self, x: Float[Tensor, "n d"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
+        if int(at.max()) >= MOST_TOKENS:
+            raise ValueError(f"token index {int(at.max())} is beyond {MOST_TOKENS}: split the corpus into several runs")
+        x = x.float()
+        score = x.abs() if self._state["by_magnitude"] else x
+        k = min(self._state["entries"].shape[1], len(x))
+        best, row = score.topk(k, dim=0)
+        entries = _pack(best, at[row], x.gather(0, row) < 0)
+        # topk chooses freely among equals at its edge: neurons with such equals are ranked by whole entries
+        tied = ((score >= best[-1]).sum(0) > k).nonzero().squeeze(1)
+        if len(tied):
+            every = _pack(score[:, tied], rearrange(at, "n -> n 1"), x[:, tied] < 0)
+            entries[:, tied] = every.topk(k, dim=0).values
+        return {"n": torch.tensor(len(x)), "entries": entries.mT}
+
+    def _add(self, part) -> None:
+        k = self._state["entries"].shape[1]
+        both = torch.cat([self._state["entries"], part["entries"]], dim=1)
+        self._state["entries"] = both.topk(k, dim=1).values
+        self._state["n"] = self._state["n"] + part["n"]
+
+    def compute(self) -> Top:
+        """Activation and token index of the min(k, n) strongest tokens of each neuron.
+
+        Raises:
+            ValueError: no token seen.
+        """
+        self._need(1, "a top activation")
+        entries = self._state["entries"][:, : self.n]
+        magnitude = _unsortable(entries >> 32)
+        negative = (entries & 1).bool()
+        activation = torch.where(negative, -magnitude.abs(), magnitude)
+        return Top(activation, MOST_TOKENS - 1 - ((entries >> 1) & (MOST_TOKENS - 1)))
+
+
+def _pack(score: Float[Tensor, "n d"], at: Int[Tensor, "n #d"], negative: Bool[Tensor, "n d"]) -> Int[Tensor, "n d"]:
+    return (_sortable(score) << 32) | ((MOST_TOKENS - 1 - at) << 1) | negative
+
+
+def _sortable(x: Float[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+    """int64 in 32 bits that orders as the float does."""
+    bits = (x + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are one number
+    return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+
+
+def _unsortable(order: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    magnitude = order.abs().to(torch.int32).view(torch.float32)
+    return torch.where(order >= 0, magnitude, -magnitude)

@@ -1,0 +1,205 @@
+"""The laws that every statistic obeys, run on every subclass there is."""
+
+import pytest
+import torch
+
+import ffnprobe.statistics
+from ffnprobe.statistics import Count, FiringRate, Moments, Statistic, TopActivations
+
+WIDTH, N = 5, 12
+GENERATOR = torch.Generator().manual_seed(0)
+# coarse values far from zero: ties are common, and a lost shift shows
+X = (torch.randn(N, WIDTH, generator=GENERATOR, dtype=torch.float64) * 2).round() + torch.tensor([30.0, 0, -7, 0, 1])
+AT = torch.randperm(1000, generator=GENERATOR)[:N].sort().values
+
+MAKERS = {
+    Count: lambda: Count.about(X[:3]),
+    FiringRate: lambda: FiringRate.about(X[:3]),
+    Moments: lambda: Moments.about(X[:3]),
+    TopActivations: lambda: TopActivations.about(X[:3], k=4, by_magnitude=True),
+}
+
+
+def subclasses(kind: type) -> set[type]:
+    return {kind for child in kind.__subclasses__() for kind in {child, *subclasses(child)}}
+
+
+ALL = sorted(subclasses(Statistic), key=lambda kind: kind.__name__)
+
+
+def test_every_statistic_is_held_to_the_laws():
+    public = {kind for kind in vars(ffnprobe.statistics).values() if isinstance(kind, type) and issubclass(kind, Statistic)}
+    assert set(ALL) == public - {Statistic} == set(MAKERS)
+
+
+@pytest.fixture(params=ALL, ids=lambda kind: kind.__name__)
+def make(request):
+    return MAKERS[request.param]
+
+
+def fed(make, *parts: slice) -> Statistic:
+    statistic = make()
+    for part in parts:
+        statistic.update(X[part], AT[part])
+    return statistic
+
+
+def same(one: Statistic, other: Statistic) -> bool:
+    a, b = one.state(), other.state()
+    return a.keys() == b.keys() and all(torch.allclose(a[k].double(), b[k].double(), rtol=1e-12) for k in a)
+
+
+def values(computed) -> list[torch.Tensor]:
+    parts = vars(computed).values() if hasattr(computed, "__dict__") else [computed]
+    return [torch.as_tensor(part).double() for part in parts]
+
+
+@pytest.mark.parametrize("cut", [0, 1, N - 1, N])
+def test_splitting_a_batch_changes_nothing(make, cut):
+    assert same(fed(make, slice(0, cut), slice(cut, N)), fed(make, slice(0, N)))
+
+
+@pytest.mark.parametrize("cut", [0, 1, N - 1, N])
+def test_merge_equals_update(make, cut):
+    one, other = fed(make, slice(0, cut)), fed(make, slice(cut, N))
+    one.merge(other)
+    assert same(one, fed(make, slice(0, N)))
+
+
+def test_merge_commutes(make):
+    a, b = slice(0, 5), slice(5, N)
+    one, other = fed(make, a), fed(make, b)
+    one.merge(fed(make, b))
+    other.merge(fed(make, a))
+    assert same(one, other)
+
+
+def test_merge_associates(make):
+    a, b, c = slice(0, 2), slice(2, 7), slice(7, N)
+    left = fed(make, a)
+    left.merge(fed(make, b))
+    left.merge(fed(make, c))
+    tail = fed(make, b)
+    tail.merge(fed(make, c))
+    right = fed(make, a)
+    right.merge(tail)
+    assert same(left, right)
+
+
+def test_empty_is_the_identity(make):
+    one = fed(make, slice(0, N))
+    one.merge(make())
+    other = make()
+    other.merge(fed(make, slice(0, N)))
+    assert same(one, fed(make, slice(0, N)))
+    assert same(other, fed(make, slice(0, N)))
+
+
+def test_merge_never_touches_the_other(make):
+    one, other = make(), fed(make, slice(0, 5))
+    before = other.state()
+    one.merge(other)
+    one.update(X[5:], AT[5:])
+    one.merge(fed(make, slice(0, 3)))
+    assert all(torch.equal(before[k], v) for k, v in other.state().items())
+
+
+def test_compute_is_never_stale(make):
+    one = fed(make, slice(0, 5))
+    one.compute()
+    one.merge(fed(make, slice(5, N)))
+    again, fresh = values(one.compute()), values(fed(make, slice(0, N)).compute())
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(again, fresh, strict=True))
+
+
+def test_the_state_round_trips_and_is_a_copy(make):
+    one = fed(make, slice(0, 5))
+    state = one.state()
+    again = type(one)(state)
+    one.update(X[5:], AT[5:])
+    assert all(torch.equal(v, state[k]) for k, v in again.state().items())
+    again.update(X[5:], AT[5:])
+    assert same(one, again)
+
+
+def test_too_few_tokens_are_refused(make):
+    if make is not MAKERS[Count]:
+        with pytest.raises(ValueError, match="needs at least"):
+            make().compute()
+
+
+def test_unlike_statistics_do_not_merge():
+    with pytest.raises(ValueError, match="merge like with like"):
+        MAKERS[Moments]().merge(MAKERS[Count]())
+    with pytest.raises(ValueError, match="'shift' differs"):
+        MAKERS[Moments]().merge(Moments.about(X[3:9]))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 9, 40])
+def test_moments_are_torchs_covariance(width):
+    x = torch.randn(30, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 100
+    moments = Moments.about(x[:4])
+    moments.update(x, torch.arange(30))
+    found = moments.compute()
+    assert torch.allclose(found.mean, x.mean(0))
+    assert torch.allclose(found.centred, torch.cov(x.T, correction=0).view(width, width))
+    assert torch.allclose(found.uncentred, x.T @ x / 30)
+
+
+def test_moments_in_float32_survive_a_mean_of_a_hundred_deviations():
+    x = torch.randn(4000, 90, generator=torch.Generator().manual_seed(3)) + 100
+    moments = Moments.about(x[:256])
+    for part in x.split(1000):
+        moments.update(part, torch.arange(len(part)))
+    exact = torch.cov(x.double().T, correction=0)
+    assert torch.allclose(moments.compute().centred, exact, atol=1e-5)
+
+
+def test_half_precision_is_promoted_before_it_is_squared():
+    x = torch.full((4, 2), 300.0, dtype=torch.float16)  # 300² overflows float16
+    x[0] = 0
+    moments = Moments.about(torch.zeros(1, 2))
+    moments.update(x, torch.arange(4))
+    assert torch.allclose(moments.compute().uncentred, torch.full((2, 2), 67_500.0, dtype=torch.float64))
+
+
+def test_moments_name_what_is_not_finite():
+    moments = Moments.about(X[:3])
+    moments.update(torch.full((3, WIDTH), torch.nan), torch.arange(3))
+    with pytest.raises(ValueError, match="not finite"):
+        moments.compute()
+
+
+def test_firing_rate_counts_positives_only():
+    rate = FiringRate.about(torch.zeros(1, 3))
+    rate.update(torch.tensor([[1.0, 0.0, -1.0], [2.0, -0.0, 3.0]]), torch.arange(2))
+    assert rate.compute().tolist() == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("by_magnitude", [False, True])
+def test_top_activations_are_the_brute_force_sort(by_magnitude):
+    generator = torch.Generator().manual_seed(4)
+    x = (torch.randn(200, 6, generator=generator) * 3).round() / 2  # many ties, zeros of both signs
+    at = torch.randperm(5000, generator=generator)[:200]
+    top = TopActivations.about(x[:1], k=7, by_magnitude=by_magnitude)
+    for rows in torch.randperm(200, generator=generator).split(33):
+        top.update(x[rows], at[rows])
+    found = top.compute()
+    for neuron in range(6):
+        order = sorted(
+            range(200), key=lambda i: (-(abs(x[i, neuron]) if by_magnitude else x[i, neuron]).item(), at[i].item())
+        )[:7]
+        assert found.at[neuron].tolist() == at[order].tolist()
+        assert found.activation[neuron].tolist() == x[order, neuron].tolist()
+
+
+def test_top_activations_of_fewer_tokens_than_places():
+    top = TopActivations.about(torch.zeros(1, 2), k=5)
+    top.update(torch.tensor([[1.0, -2.0], [-3.0, -1.0]]), torch.tensor([8, 2**31 - 1]))
+    assert top.compute().activation.tolist() == [[1.0, -3.0], [-1.0, -2.0]]
+    assert top.compute().at.tolist() == [[8, 2**31 - 1], [2**31 - 1, 8]]
+
+
+def test_top_activations_refuse_an_index_that_does_not_fit():
+    with pytest.raises(ValueError, match="split the corpus"):
+        TopActivations.about(X[:1]).update(X[:1], torch.tensor([2**31]))
