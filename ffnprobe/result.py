@@ -1,0 +1,85 @@
+"""What an analyzer says: a table of typed rows that knows its units, its settings and how to draw itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from .disk import atomic_write
+from .errors import InputError
+
+Setting = str | int | float | bool | None | list | dict
+
+
+def column(unit: str, meaning: str) -> Any:
+    """A field of a Row with its unit and its meaning; both travel in the saved table's schema."""
+    return field(metadata={"unit": unit, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the numbers say of one of the six claims, by a rule that was fixed before they were seen."""
+
+    claim: int
+    rule: str
+    measured: str
+    verdict: Literal["supported", "mixed", "not supported"]
+    against: str  # the strongest published evidence against the claim
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table, the settings that made it, and its reading. An analyzer subclasses it beside its Row."""
+
+    rows: Sequence[Any]
+    settings: Mapping[str, Setting]
+
+    name: ClassVar[str]
+    question: ClassVar[str]
+    Row: ClassVar[type]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line a row, one column a field."""
+        return pd.DataFrame({f.name: [getattr(row, f.name) for row in self.rows] for f in fields(self.Row)})
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table as parquet; units and meanings go into the schema, settings into its metadata."""
+        table = pa.Table.from_pandas(self.to_frame(), preserve_index=False)
+        for i, f in enumerate(fields(self.Row)):
+            table = table.set_column(i, table.schema.field(i).with_metadata(dict(f.metadata)), table.column(i))
+        about = {"result": self.name, "question": self.question, "settings": json.dumps(dict(self.settings))}
+        return atomic_write(path, lambda file: pq.write_table(table.replace_schema_metadata(about), file))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is another analyzer's table, or no table of ours.
+        """
+        table = pq.read_table(path)
+        about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        if about.get("result") != cls.name:
+            raise InputError(f"{path} holds {about.get('result', 'no result')!r}, not {cls.name!r}: give {cls.name}.parquet")
+        rows = tuple(cls.Row(**line) for line in table.to_pylist())
+        return cls(rows=rows, settings=json.loads(about["settings"]))
+
+    def findings(self) -> list[str]:
+        """The telling numbers, one sentence each, the most telling first; each stands beside its null."""
+        raise NotImplementedError
+
+    def verdicts(self) -> list[Verdict]:
+        """What the table says of the six claims; empty where it says nothing."""
+        return []
+
+    def plot(self) -> Figure:
+        """The figure of the table; axes carry name and unit, the caption model, tokens and seed."""
+        raise NotImplementedError
