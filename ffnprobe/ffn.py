@@ -1,0 +1,87 @@
+"""What is one feed-forward layer? Keys that read, values that write: row i of every matrix is neuron i."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "gelu_quick": lambda z: z * torch.sigmoid(1.702 * z),
+    "silu": F.silu,
+    "mish": F.mish,
+    "elu": F.elu,
+    "softplus": F.softplus,
+    "hardswish": F.hardswish,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda z: z,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class FFN:
+    """One layer's feed-forward network: y = hidden(x) @ values + bias.
+
+    Plain: hidden(x) = activation(x @ keys.T + key_bias). Gated: hidden(x) = activation(x @ gates.T +
+    gate_bias) * (x @ keys.T + key_bias), where the gate says when and the key says how much.
+
+    The matrices are views of the model's storage: never modify them in place.
+
+    >>> ffn = FFN(layer=0, keys=torch.eye(3, 2), values=torch.ones(3, 2), activation="relu")
+    >>> ffn.expansion
+    1.5
+    >>> ffn.write(ffn.hidden(torch.tensor([[-1.0, 5.0]])))
+    tensor([[5., 5.]])
+    """
+
+    layer: int
+    keys: Float[Tensor, "d_mlp d_model"]
+    values: Float[Tensor, "d_mlp d_model"]
+    activation: str
+    gates: Float[Tensor, "d_mlp d_model"] | None = None
+    key_bias: Float[Tensor, " d_mlp"] | None = None
+    gate_bias: Float[Tensor, " d_mlp"] | None = None
+    bias: Float[Tensor, " d_model"] | None = None
+
+    @property
+    def d_model(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def d_mlp(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def expansion(self) -> float:
+        """d_mlp / d_model, in (0, inf): 4 in GPT-2, 8/3 in many gated models, below 1 in some."""
+        return self.d_mlp / self.d_model
+
+    @property
+    def gated(self) -> bool:
+        return self.gates is not None
+
+    def pre(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_mlp"]:
+        """The pre-activation z: the gate's in a gated layer, else the key's."""
+        if self.gates is None:
+            return F.linear(x, self.keys, self.key_bias)
+        return F.linear(x, self.gates, self.gate_bias)
+
+    def hidden(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_mlp"]:
+        """The hidden activation h: how strongly each memory is read out."""
+        h = ACTIVATIONS[self.activation](self.pre(x))
+        return h if self.gates is None else h * F.linear(x, self.keys, self.key_bias)
+
+    def write(self, hidden: Float[Tensor, "*n d_mlp"]) -> Float[Tensor, "*n d_model"]:
+        """The output y = sum_i h_i v_i + bias, before any norm or multiplier of the block."""
+        return F.linear(hidden, self.values.T, self.bias)
