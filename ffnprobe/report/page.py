@@ -1,0 +1,132 @@
+"""What does a run say? One page that opens from disk, trusts no text and answers six claims in order."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from hashlib import sha256
+from importlib.resources import files
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, TypedDict
+
+from jinja2 import Environment, StrictUndefined
+
+from ..disk import atomic_write
+from ..result import Result
+from .card import NeuronCard
+from .embed import data_url, describe
+from .show import show, show_column
+
+CLAIMS = (
+    "The FFN fits a high-dimensional map.",
+    "Expansion buys expressive power and diverse features.",
+    "Contraction controls complexity and keeps dimensions equal.",
+    "The FFN is a key-value memory and a soft vector quantiser: more width is more memory and finer "
+    "quantisation, and contraction selects and compresses.",
+    "High dimension lets features interact.",
+    "Gradients flow better, and the FFN complements attention.",
+)
+LONGEST_TABLE = 200  # rows; a longer one is for a data frame
+
+
+class About(TypedDict):
+    """What was probed and how. Nothing in it is a date: the same run gives the same page."""
+
+    model: dict[str, Any]  # name, architecture, n_layers, d_model, d_vocab, dtype, note ("" for none)
+    corpus: str
+    tokens: int
+    documents: int
+    seed: int
+    command: str
+    seconds: float
+    versions: dict[str, str]
+
+
+def render(about: About, results: Sequence[Result], neurons: Sequence[NeuronCard] = ()) -> str:
+    """The whole page. Results and their findings stand in the order given; the first ones lead the page."""
+    style, script = _file("page.css"), _file("page.js")
+    verdicts = [verdict for result in results for verdict in result.verdicts()]
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
+    ).from_string(_file("page.html"))
+    return template.render(
+        about=about,
+        telling=top_findings(results),
+        claims=[(text, [v for v in verdicts if v.claim == n]) for n, text in enumerate(CLAIMS, start=1)],
+        sections=[_section(result) for result in results],
+        neurons=len(neurons),
+        neuron_data=_script_json(_lines(neurons)),
+        style=style,
+        script=script,
+        policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'",
+    )
+
+
+def write_page(
+    path: str | Path, about: About, results: Sequence[Result], neurons: Sequence[NeuronCard] = ()
+) -> Path:
+    """Render the page to a file."""
+    page = render(about, results, neurons).encode()
+    return atomic_write(path, lambda file: file.write_bytes(page))
+
+
+def top_findings(results: Iterable[Result], n: int = 3) -> list[str]:
+    """The n most telling findings: each result's first, in the order given, then each one's second."""
+    in_turn = chain.from_iterable(zip_longest(*(result.findings() for result in results)))
+    return [finding for finding in in_turn if finding is not None][:n]
+
+
+def _section(result: Result) -> dict[str, Any]:
+    findings, figure = result.findings(), result.plot()
+    short = len(result.rows) <= LONGEST_TABLE
+    columns = []
+    for f in fields(result.Row):
+        values = [getattr(row, f.name) for row in result.rows] if short else []
+        text = any(isinstance(value, str) for value in values)
+        columns.append({**f.metadata, "name": f.name, "text": text, "cells": show_column(values)})
+    return {
+        "result": result,
+        "findings": findings,
+        "image": data_url(figure),
+        "alt": " ".join([f"Figure: {describe(figure)}.", *findings[:1]]),
+        "columns": columns,
+        "short": short,
+    }
+
+
+def _lines(neurons: Iterable[NeuronCard]) -> list[list[Any]]:
+    """The cards as page.js reads them: numbers already written, so that page and terminal say the same."""
+    return [
+        [
+            card.layer,
+            card.neuron,
+            [[show(before), show(token), show(after), show(a)] for before, token, after, a in card.contexts],
+            [show(token) for token in card.promotes],
+            [show(token) for token in card.suppresses],
+            card.beside_null(),
+        ]
+        for card in sorted(neurons, key=lambda card: (card.layer, card.neuron))
+    ]
+
+
+def _script_json(data: object) -> str:
+    """JSON that cannot end its script element: `</script>` becomes `\\u003c/script\\u003e`."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
+
+
+def _finalize(value: object) -> object:
+    # jinja2 escapes what comes out of here; only our own script, style and data are marked safe before.
+    return value if hasattr(value, "__html__") else show(value)
+
+
+def _file(name: str) -> str:
+    return files("ffnprobe.report").joinpath(name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
