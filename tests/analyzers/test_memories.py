@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from ffnprobe import memories
+from ffnprobe.analyzers.memories import Memories, read_values
+from ffnprobe.models import ffns, unembedding
+from ffnprobe.stream import capture
+
+
+def strongest(model, tokens, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    seen = [batch[layer] for batch in capture(model, tokens, ["post"], layers=[layer])]
+    hidden = torch.cat([a.sites["post"][a.kept] for a in seen])
+    return hidden, torch.cat([a.at[a.kept] for a in seen])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_triggers_are_the_strongest_ordinary_tokens(architecture, model_of, tokens):
+    model = model_of(architecture)
+    text = tokens(model)
+    result = memories(model, text, layers=[1], triggers=3)
+    hidden, at = strongest(model, text, 1)
+    ranked = hidden.abs() if ffns(model)[1].gated else hidden
+    for row in result.rows:
+        best = ranked[:, row.neuron].topk(3).indices
+        assert [t["activation"] for t in row.triggers] == pytest.approx(hidden[best, row.neuron].tolist(), rel=1e-5)
+        assert [t["at"] for t in row.triggers] == at[best].tolist()
+        assert not text.special.flatten()[at[best]].any()
+
+
+def test_values_are_read_through_the_folded_unembedding(gpt2, tokens):
+    layer = ffns(gpt2)[2]
+    raised, lowered = read_values(layer.values, unembedding(gpt2), 4)
+    scores = layer.values @ unembedding(gpt2).T
+    assert torch.equal(raised, scores.argsort(dim=1, descending=True, stable=True)[:, :4])
+    assert torch.equal(lowered, scores.argsort(dim=1, stable=True)[:, :4])
+
+
+def test_chunks_of_values_change_nothing(gpt2):
+    values, vocabulary = ffns(gpt2)[0].values, unembedding(gpt2)
+    whole = read_values(values, vocabulary, 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, read_values(values, vocabulary, 3, held=1), strict=True))
+
+
+def test_values_that_write_the_next_token_agree_and_shuffled_ones_do_not(planted, model_of, tokens):
+    before = model_of("opt")
+    text = tokens(before)
+    layer = 2  # the last: what it writes changes no trigger
+    follow = [t.triggers[0]["at"] + 1 for t in memories(before, text, layers=[layer]).rows]
+
+    def plant(hf):
+        # through the final norm, a value points at one token of the unembedding
+        rows = unembedding(before)
+        ids = text.ids.flatten()[torch.tensor(follow).clamp(max=text.n - 1)]
+        values = rows[ids] / rows[ids].norm(dim=1, keepdim=True)
+        hf.model.decoder.layers[layer].fc2.weight.copy_(values.T)
+
+    result = memories(planted("opt", plant), text, layers=[layer])
+    there = [row for row in result.rows if row.next_token]
+    read = read_values(ffns(planted("opt", plant))[layer].values, unembedding(before), 1)[0]
+    ids = text.ids.flatten()[torch.tensor(follow).clamp(max=text.n - 1)]
+    legible = {i for i in range(len(ids)) if read[i, 0] == ids[i]}
+    assert len(there) > 20 and len(legible) > 15
+    assert all(row.agrees == (row.neuron in legible) for row in there)
+    summary = result.layers()[0]
+    assert summary.above_shuffled and summary.agreement > 5 * summary.shuffled
+
+
+def test_shuffled_agreement_is_the_mean_over_random_pairings(gpt2, tokens):
+    text = tokens(gpt2)
+    result = memories(gpt2, text, layers=[0])
+    top = [row.promotes[0] for row in result.rows]
+    following = [row.next_token for row in result.rows]
+    generator = torch.Generator().manual_seed(0)
+    rates = [
+        sum(top[j] == following[i] and following[i] != "" for i, j in enumerate(torch.randperm(len(top), generator=generator)))
+        / len(top)
+        for _ in range(2000)
+    ]
+    assert result.layers()[0].shuffled == pytest.approx(sum(rates) / len(rates), abs=5e-3)
+
+
+def test_a_gated_neuron_with_key_and_value_negated_reads_the_same(planted, model_of, tokens):
+    def negate(hf):
+        mlp = hf.model.layers[1].mlp
+        mlp.up_proj.weight[::2] *= -3
+        mlp.down_proj.weight[:, ::2] /= -3
+
+    one, other = model_of("llama"), planted("llama", negate)
+    text = tokens(one)
+    for a, b in zip(memories(one, text, layers=[1]).rows, memories(other, text, layers=[1]).rows, strict=True):
+        assert (a.promotes, a.suppresses, a.agrees, a.next_token) == (b.promotes, b.suppresses, b.agrees, b.next_token)
+        assert [t["at"] for t in a.triggers] == [t["at"] for t in b.triggers]
+        assert a.firing_rate == b.firing_rate
+        assert a.key_value_cosine == pytest.approx(b.key_value_cosine, abs=1e-5)
+        assert abs(a.activation) * a.value_norm == pytest.approx(abs(b.activation) * b.value_norm, rel=1e-4)
+
+
+def test_a_key_with_a_bias_far_below_zero_never_fires(planted, model_of, tokens):
+    def silence(hf):
+        hf.model.decoder.layers[1].fc1.bias[5] = -1e4
+
+    def silent(model) -> set[int]:
+        return {row.neuron for row in memories(model, tokens(model), layers=[1]).rows if row.firing_rate == 0}
+
+    assert silent(planted("opt", silence)) - silent(model_of("opt")) == {5}
+
+
+def test_the_table_round_trips(gpt2, tokens, tmp_path):
+    result = memories(gpt2, tokens(gpt2), layers=[0])
+    again = Memories.load(result.save(tmp_path / "t.parquet"))
+    assert list(again.rows) == list(result.rows)
+    assert again.findings() == result.findings()
