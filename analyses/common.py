@@ -1,0 +1,34 @@
+"""What every script shares: its options, its model and tokens, and where its figure and table go."""
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from ffnprobe import Result, load_corpus, load_model, pack
+from ffnprobe.cli import parse_layers
+from ffnprobe.corpus import Tokens
+from ffnprobe.figure import save_figure
+from ffnprobe.models import Model, tokenizer_of
+
+
+def arguments(description: str | None) -> Namespace:
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--layers", type=parse_layers)
+    parser.add_argument("--corpus")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures")
+    return parser.parse_args()
+
+
+def load(options: Namespace) -> tuple[Model, Tokens]:
+    model = load_model(options.model)
+    corpus = load_corpus(options.corpus)
+    return model, pack(corpus, tokenizer_of(model), tokens=options.tokens, seed=options.seed)
+
+
+def save(result: Result, options: Namespace) -> None:
+    stem = options.out / f"{result.name}-{Path(options.model).name}"
+    save_figure(result.plot(), stem)
+    result.save(stem.with_suffix(".parquet"))
+    print(*result.findings(), f"{stem}.png", sep="\n")

@@ -1,0 +1,228 @@
+"""The command line: each command reads its input, calls one function and prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import FFNProbeError, InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Measure what the feed-forward layers of a pretrained transformer do.",
+)
+
+Model = Annotated[str, typer.Argument(help="A hub id (gpt2), a folder, a .gguf file, or smollm2-135m.", show_default=False)]
+Tokens = Annotated[int, typer.Option(help="Tokens to run.", min=16)]
+Layers = Annotated[str | None, typer.Option(help="Layers, as in 0,3-5. All by default.")]
+Corpus = Annotated[str | None, typer.Option(help="A .txt, .jsonl or .parquet file. The built-in corpus by default.")]
+Dataset = Annotated[str | None, typer.Option(help="A data set of the hub instead.")]
+Seed = Annotated[int, typer.Option(help="Of the document sample and of every null.", min=0)]
+SinkFactor = Annotated[float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads; all cores by default.", min=0)] = 0,
+) -> None:
+    context.obj = {"debug": debug}
+    if threads:
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[variable] = str(threads)  # read when torch and numpy are first imported
+
+
+@app.command()
+def report(
+    model: Model,
+    tokens: Tokens = 16_384,
+    layers: Layers = None,
+    corpus: Corpus = None,
+    dataset: Dataset = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
+    seed: Seed = 0,
+    sink_factor: SinkFactor = 10.0,
+) -> None:
+    """Measure a model's feed-forward layers and write tables, figures and report.html."""
+    if corpus and dataset:
+        raise InputError("got both --corpus and --dataset: give one of them")
+    from .report.build import Settings, build_report
+
+    settings = Settings(model, tokens, parse_layers(layers), corpus, dataset, seed, sink_factor)
+    folder = out or Path("runs") / Path(model).name
+    with _progress() as show:
+        findings = build_report(settings, folder, say=show.say, progress=show.step)
+    typer.echo()
+    for finding in findings:
+        typer.echo(f"* {finding}")
+    typer.echo(f"\nopen {folder / 'report.html'}")
+
+
+@app.command()
+def check(model: Model) -> None:
+    """Check that every layer obeys its equations, and say which analyzers apply."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .models import check_model, describe, load_model
+
+    loaded = load_model(model, say=_say)
+    checked = check_model(loaded)
+    frame = checked.to_frame()
+    table = Table(box=None)
+    for name in frame.columns:
+        table.add_column(name)
+    for line in frame.itertuples(index=False):
+        table.add_row(*(f"{cell:.1e}" if isinstance(cell, float) else str(cell) for cell in line))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(f"logits against Hugging Face's: {checked.logits:.1e}")
+    if note := describe(loaded)["note"]:
+        console.print(str(note))
+    console.print("analyzers: hidden_rank, weight_rank, memories, neuron_clusters")
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="A built-in model.")] = "smollm2-135m") -> None:
+    """Get a built-in model, once."""
+    from .models import fetch as fetch_model
+
+    typer.echo(fetch_model(name, say=_say))
+
+
+@app.command()
+def neuron(
+    model: Model,
+    name: Annotated[str, typer.Argument(metavar="L.I", help="Layer and neuron, as in 5.123.", show_default=False)],
+    tokens: Tokens = 16_384,
+    corpus: Corpus = None,
+    seed: Seed = 0,
+) -> None:
+    """Show one neuron: what triggers its key, and what its value writes."""
+    layer, index = _neuron(name)
+    from rich.console import Console
+
+    from .analyzers import memories
+    from .corpus import load_corpus, pack
+    from .models import ffns, load_model, tokenizer_of
+    from .report.build import card
+    from .report.card import card_text
+
+    loaded = load_model(model, say=_say)
+    widths = {ffn.layer: ffn.d_mlp for ffn in ffns(loaded)}
+    if index >= widths.get(layer, index + 1):
+        raise InputError(f"neuron {index} is not there: layer {layer} has neurons 0 to {widths[layer] - 1}")
+    packed = pack(load_corpus(corpus), tokenizer_of(loaded), tokens=tokens, seed=seed)
+    with _progress() as show:
+        result = memories(loaded, packed, layers=[layer], triggers=10, seed=seed, progress=show.step)
+    Console().print(card_text(card(result.rows[index])))
+
+
+def main() -> None:
+    """Run the command line; an error is one line and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except FFNProbeError as error:
+        _fail(str(error), error.exit_code, debug)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _fail("interrupted: the same command starts again", 130, debug=False)
+    except MemoryError:
+        _fail("out of memory: run fewer layers with --layers", 4, debug)
+    except Exception as error:
+        if hasattr(error, "exit_code"):  # click's own: a usage error, or an exit
+            if hasattr(error, "show"):
+                error.show()
+            sys.exit(error.exit_code)
+        if debug:
+            raise
+        _fail(f"{type(error).__name__}: {error} (a bug: please report it, with --debug)", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        raise
+    typer.echo(f"ffnprobe: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+class _Plain:
+    """Progress for a log: a line a tenth."""
+
+    def __init__(self) -> None:
+        self.tenth = 0
+
+    say = staticmethod(_say)
+
+    def step(self, done: int, total: int) -> None:
+        if done * 10 // total > self.tenth:
+            self.tenth = done * 10 // total
+            _say(f"  {done:,} of {total:,} tokens")
+
+
+class _Bar:
+    """Progress for a terminal."""
+
+    def __init__(self, progress: Any) -> None:
+        self.progress, self.task = progress, None
+
+    def say(self, line: str) -> None:
+        self.progress.console.print(line, markup=False, highlight=False)
+
+    def step(self, done: int, total: int) -> None:
+        if self.task is None:
+            self.task = self.progress.add_task("tokens", total=total)
+        self.progress.update(self.task, completed=done)
+
+
+@contextmanager
+def _progress() -> Iterator[_Plain | _Bar]:
+    if not sys.stderr.isatty():
+        yield _Plain()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Bar(progress)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """The layers that `0,3-5` names, in order; None for all.
+
+    Raises:
+        InputError: it is not written so.
+    """
+    if text is None:
+        return None
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(f"layers {text!r} are not understood: write them as in 0,3-5")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(chosen))
+
+
+def _neuron(text: str) -> tuple[int, int]:
+    layer, dot, index = text.partition(".")
+    if not (dot and layer.isdecimal() and index.isdecimal()):
+        raise InputError(f"neuron {text!r} is not understood: write layer.neuron, as in 5.123")
+    return int(layer), int(index)
