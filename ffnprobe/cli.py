@@ -21,13 +21,19 @@ app = typer.Typer(
     help="Measure what the feed-forward layers of a pretrained transformer do.",
 )
 
-Model = Annotated[str, typer.Argument(help="A hub id (gpt2), a folder, a .gguf file, or smollm2-135m.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="A hub id (gpt2), a folder, a .gguf file, or smollm2-135m.", show_default=False)
+]
 Tokens = Annotated[int, typer.Option(help="Tokens to run.", min=16)]
 Layers = Annotated[str | None, typer.Option(help="Layers, as in 0,3-5. All by default.")]
-Corpus = Annotated[str | None, typer.Option(help="A .txt, .jsonl or .parquet file. The built-in corpus by default.")]
+Corpus = Annotated[
+    str | None, typer.Option(help="A .txt, .jsonl or .parquet file. The built-in corpus by default.")
+]
 Dataset = Annotated[str | None, typer.Option(help="A data set of the hub instead.")]
 Seed = Annotated[int, typer.Option(help="Of the document sample and of every null.", min=0)]
-SinkFactor = Annotated[float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)]
+SinkFactor = Annotated[
+    float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)
+]
 
 
 @app.callback()
@@ -103,7 +109,9 @@ def fetch(name: Annotated[str, typer.Argument(help="A built-in model.")] = "smol
 @app.command()
 def neuron(
     model: Model,
-    name: Annotated[str, typer.Argument(metavar="L.I", help="Layer and neuron, as in 5.123.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="L.I", help="Layer and neuron, as in 5.123.", show_default=False)
+    ],
     tokens: Tokens = 16_384,
     corpus: Corpus = None,
     seed: Seed = 0,

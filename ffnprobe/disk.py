@@ -29,7 +29,9 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> Path:
         temporary.chmod(0o644)  # mkstemp makes it private; a table or a page is meant to be shared
         temporary.replace(path)
     except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror or error}; free some space and run it again") from error
+        raise MachineError(
+            f"cannot write {path}: {error.strerror or error}; free some space and run it again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

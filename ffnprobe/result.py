@@ -54,7 +54,9 @@ class Result:
         """Write the table as parquet; units and meanings go into the schema, settings into its metadata."""
         table = pa.Table.from_pandas(self.to_frame(), preserve_index=False)
         for i, f in enumerate(fields(self.Row)):
-            table = table.set_column(i, table.schema.field(i).with_metadata(dict(f.metadata)), table.column(i))
+            table = table.set_column(
+                i, table.schema.field(i).with_metadata(dict(f.metadata)), table.column(i)
+            )
         about = {"result": self.name, "question": self.question, "settings": json.dumps(dict(self.settings))}
         return atomic_write(path, lambda file: pq.write_table(table.replace_schema_metadata(about), file))
 
@@ -68,7 +70,9 @@ class Result:
         table = pq.read_table(path)
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         if about.get("result") != cls.name:
-            raise InputError(f"{path} holds {about.get('result', 'no result')!r}, not {cls.name!r}: give {cls.name}.parquet")
+            raise InputError(
+                f"{path} holds {about.get('result', 'no result')!r}, not {cls.name!r}: give {cls.name}.parquet"
+            )
         rows = tuple(cls.Row(**line) for line in table.to_pylist())
         return cls(rows=rows, settings=json.loads(about["settings"]))
 

@@ -73,7 +73,9 @@ class Sinks:
     residual: dict[int, float]
     hidden: dict[int, float]
 
-    def find(self, layer: int, residual: Float[Tensor, "n d"], hidden: Float[Tensor, "n w"]) -> Bool[Tensor, " n"]:
+    def find(
+        self, layer: int, residual: Float[Tensor, "n d"], hidden: Float[Tensor, "n w"]
+    ) -> Bool[Tensor, " n"]:
         return (residual.norm(dim=1) > self.residual[layer]) | (hidden.norm(dim=1) > self.hidden[layer])
 
 
@@ -200,7 +202,9 @@ def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap
     for layer in layers if layers is not None else ():
         if layer not in available:
             first, last = min(available), max(available)
-            raise InputError(f"layer {layer} is not there: the model's FFNs are in layers {first} to {last}; choose among them")
+            raise InputError(
+                f"layer {layer} is not there: the model's FFNs are in layers {first} to {last}; choose among them"
+            )
     return [tap for layer, tap in available.items() if layers is None or layer in layers]
 
 

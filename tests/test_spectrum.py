@@ -63,7 +63,9 @@ def test_divergence_is_nought_for_equal_spectra_and_ln_2_for_disjoint_ones():
     one = torch.tensor([3.0, 1.0, 0.0])
     assert sp.spectrum_divergence(one, 10 * one.flip(0)) == pytest.approx(0, abs=1e-12)
     # one direction against a flat spectrum of d tends to ln 2
-    assert sp.spectrum_divergence(torch.eye(10_000)[0], torch.ones(10_000)) == pytest.approx(math.log(2), rel=2e-3)
+    assert sp.spectrum_divergence(torch.eye(10_000)[0], torch.ones(10_000)) == pytest.approx(
+        math.log(2), rel=2e-3
+    )
 
 
 def test_a_zero_or_nan_spectrum_is_refused():

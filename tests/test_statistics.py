@@ -9,7 +9,9 @@ from ffnprobe.statistics import Count, FiringRate, Moments, Statistic, TopActiva
 WIDTH, N = 5, 12
 GENERATOR = torch.Generator().manual_seed(0)
 # coarse values far from zero: ties are common, and a lost shift shows
-X = (torch.randn(N, WIDTH, generator=GENERATOR, dtype=torch.float64) * 2).round() + torch.tensor([30.0, 0, -7, 0, 1])
+X = (torch.randn(N, WIDTH, generator=GENERATOR, dtype=torch.float64) * 2).round() + torch.tensor(
+    [30.0, 0, -7, 0, 1]
+)
 AT = torch.randperm(1000, generator=GENERATOR)[:N].sort().values
 
 MAKERS = {
@@ -28,7 +30,11 @@ ALL = sorted(subclasses(Statistic), key=lambda kind: kind.__name__)
 
 
 def test_every_statistic_is_held_to_the_laws():
-    public = {kind for kind in vars(ffnprobe.statistics).values() if isinstance(kind, type) and issubclass(kind, Statistic)}
+    public = {
+        kind
+        for kind in vars(ffnprobe.statistics).values()
+        if isinstance(kind, type) and issubclass(kind, Statistic)
+    }
     assert set(ALL) == public - {Statistic} == set(MAKERS)
 
 
@@ -187,7 +193,8 @@ def test_top_activations_are_the_brute_force_sort(by_magnitude):
     found = top.compute()
     for neuron in range(6):
         order = sorted(
-            range(200), key=lambda i: (-(abs(x[i, neuron]) if by_magnitude else x[i, neuron]).item(), at[i].item())
+            range(200),
+            key=lambda i: (-(abs(x[i, neuron]) if by_magnitude else x[i, neuron]).item(), at[i].item()),
         )[:7]
         assert found.at[neuron].tolist() == at[order].tolist()
         assert found.activation[neuron].tolist() == x[order, neuron].tolist()

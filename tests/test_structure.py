@@ -58,7 +58,11 @@ def test_every_part_has_a_rank():
 
 
 def test_models_alone_imports_transformer_lens():
-    importers = {path.stem for path in FILES if "import transformer_lens" in (text := path.read_text()) or "from transformer_lens" in text}
+    importers = {
+        path.stem
+        for path in FILES
+        if "import transformer_lens" in (text := path.read_text()) or "from transformer_lens" in text
+    }
     assert importers == {"models"}
 
 

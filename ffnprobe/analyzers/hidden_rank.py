@@ -23,34 +23,68 @@ from ..result import Result, Verdict, column
 from ..statistics import Count, Covariance, Moments, Statistic
 
 SITES = ("in", "pre", "up", "post", "out")
-MARK = {"in": ("x, read", BLUE), "pre": ("z, pre-activation", ORANGE), "post": ("h, hidden", BLACK), "out": ("y, written", GREEN)}
+MARK = {
+    "in": ("x, read", BLUE),
+    "pre": ("z, pre-activation", ORANGE),
+    "post": ("h, hidden", BLACK),
+    "out": ("y, written", GREEN),
+}
 
 
 @dataclass(frozen=True)
 class Row:
     layer: int = column("", "layer")
-    site: str = column("", "in: what the FFN reads, pre: before the nonlinearity, up: up-projection of a gated FFN, post: hidden activation, out: what it writes")
+    site: str = column(
+        "",
+        "in: what the FFN reads, pre: before the nonlinearity, up: up-projection of a gated FFN, post: hidden activation, out: what it writes",
+    )
     width: int = column("dimensions", "dimensions of the site")
     tokens: int = column("tokens", "ordinary tokens measured: neither sinks nor special")
     sinks: int = column("tokens", "attention sinks, set apart by norm")
     special: int = column("tokens", "special tokens, set apart")
-    participation_ratio: float = column("directions", "(sum l)^2 / sum l^2 of the covariance's eigenvalues l: the hard rank")
-    participation_ratio_debiased: float = column("directions", "the same, corrected for the finite number of tokens")
+    participation_ratio: float = column(
+        "directions", "(sum l)^2 / sum l^2 of the covariance's eigenvalues l: the hard rank"
+    )
+    participation_ratio_debiased: float = column(
+        "directions", "the same, corrected for the finite number of tokens"
+    )
     soft_rank: float = column("directions", "exp of the entropy of the normalised eigenvalues")
-    soft_rank_extrapolated: float = column("directions", "soft rank extrapolated from the document halves to endless tokens")
-    soft_rank_spread: float = column("directions", "half the difference of the soft rank between the document halves")
-    erank_rv: float = column("directions", "exp of the entropy of the normalised singular values (Roy & Vetterli)")
+    soft_rank_extrapolated: float = column(
+        "directions", "soft rank extrapolated from the document halves to endless tokens"
+    )
+    soft_rank_spread: float = column(
+        "directions", "half the difference of the soft rank between the document halves"
+    )
+    erank_rv: float = column(
+        "directions", "exp of the entropy of the normalised singular values (Roy & Vetterli)"
+    )
     stable_rank: float = column("directions", "sum l / max l")
-    rank_at_90: int = column("directions", "fewest directions with 90% of the variance; wants 50 tokens a dimension")
-    rank_at_99: int = column("directions", "fewest directions with 99% of the variance; wants 50 tokens a dimension")
+    rank_at_90: int = column(
+        "directions", "fewest directions with 90% of the variance; wants 50 tokens a dimension"
+    )
+    rank_at_99: int = column(
+        "directions", "fewest directions with 99% of the variance; wants 50 tokens a dimension"
+    )
     numerical_rank: int = column("directions", "eigenvalues above rounding")
-    early_enrichment: float = column("0..1", "how early the cumulative spectrum fills: 0 flat, 1 one direction")
-    divergence_from_pre: float | None = column("nats", "Jensen-Shannon divergence of the spectrum from the pre-activation's, 0 to ln 2; none where the width differs")
-    participation_ratio_uncentred: float = column("directions", "participation ratio of the second moment about zero")
+    early_enrichment: float = column(
+        "0..1", "how early the cumulative spectrum fills: 0 flat, 1 one direction"
+    )
+    divergence_from_pre: float | None = column(
+        "nats",
+        "Jensen-Shannon divergence of the spectrum from the pre-activation's, 0 to ln 2; none where the width differs",
+    )
+    participation_ratio_uncentred: float = column(
+        "directions", "participation ratio of the second moment about zero"
+    )
     soft_rank_uncentred: float = column("directions", "soft rank of the second moment about zero")
-    participation_ratio_unmasked: float = column("directions", "participation ratio with sinks and special tokens left in")
+    participation_ratio_unmasked: float = column(
+        "directions", "participation ratio with sinks and special tokens left in"
+    )
     soft_rank_unmasked: float = column("directions", "soft rank with sinks and special tokens left in")
-    participation_ratio_null: float = column("directions", "participation ratio of the null: this map with random weights of the same row norms on the trained input; isotropic Gaussian for in")
+    participation_ratio_null: float = column(
+        "directions",
+        "participation ratio of the null: this map with random weights of the same row norms on the trained input; isotropic Gaussian for in",
+    )
     soft_rank_null: float = column("directions", "soft rank of the same null")
 
 
@@ -86,7 +120,9 @@ class HiddenRank(Result):
 
     def verdicts(self) -> list[Verdict]:
         hidden, before = self.site("post"), self.site("in")
-        wider = sum(h.soft_rank - h.soft_rank_spread > x.soft_rank for h, x in zip(hidden, before, strict=True))
+        wider = sum(
+            h.soft_rank - h.soft_rank_spread > x.soft_rank for h, x in zip(hidden, before, strict=True)
+        )
         above = sum(h.soft_rank - h.soft_rank_spread > h.soft_rank_null for h in hidden)
         n = len(hidden)
         if wider <= n / 2:
@@ -94,7 +130,9 @@ class HiddenRank(Result):
         else:
             verdict = "supported" if above > n / 2 else "mixed"
         after = self.site("out")
-        narrower = sum(y.soft_rank < h.soft_rank - h.soft_rank_spread for y, h in zip(after, hidden, strict=True))
+        narrower = sum(
+            y.soft_rank < h.soft_rank - h.soft_rank_spread for y, h in zip(after, hidden, strict=True)
+        )
         below = sum(y.soft_rank < y.soft_rank_null for y in after)
         if narrower <= n / 2:
             contraction = "not supported"
@@ -123,7 +161,9 @@ class HiddenRank(Result):
 
     @styled
     def plot(self) -> Figure:
-        figure, (profile, sinks, share) = new_figure(3, caption(self.settings, "sinks and special tokens set apart"))
+        figure, (profile, sinks, share) = new_figure(
+            3, caption(self.settings, "sinks and special tokens set apart")
+        )
         for site, (label, colour) in MARK.items():
             rows = self.site(site)
             layers = [row.layer for row in rows]
@@ -132,13 +172,24 @@ class HiddenRank(Result):
                 low = [row.soft_rank - row.soft_rank_spread for row in rows]
                 high = [row.soft_rank + row.soft_rank_spread for row in rows]
                 profile.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-                profile.plot(layers, [row.soft_rank_null for row in rows], "--", color=GREY, label="h, random weights")
-        profile.set(title="Expand and contract", xlabel="layer", ylabel="soft rank (directions)", yscale="log")
+                profile.plot(
+                    layers, [row.soft_rank_null for row in rows], "--", color=GREY, label="h, random weights"
+                )
+        profile.set(
+            title="Expand and contract", xlabel="layer", ylabel="soft rank (directions)", yscale="log"
+        )
         hidden = self.site("post")
         layers = [row.layer for row in hidden]
         sinks.plot(layers, [row.soft_rank for row in hidden], "o-", color=BLACK, label="sinks set apart")
-        sinks.plot(layers, [row.soft_rank_unmasked for row in hidden], "s--", color=ORANGE, label="sinks left in")
-        sinks.set(title="What attention sinks do to h", xlabel="layer", ylabel="soft rank (directions)", yscale="log")
+        sinks.plot(
+            layers, [row.soft_rank_unmasked for row in hidden], "s--", color=ORANGE, label="sinks left in"
+        )
+        sinks.set(
+            title="What attention sinks do to h",
+            xlabel="layer",
+            ylabel="soft rank (directions)",
+            yscale="log",
+        )
         for measure, label, mark in (
             ("participation_ratio_debiased", "participation ratio, debiased", "^-"),
             ("soft_rank", "soft rank", "o-"),
@@ -146,8 +197,16 @@ class HiddenRank(Result):
             ("rank_at_99", "99% of the variance", "v-"),
         ):
             used = [getattr(row, measure) / row.width for row in hidden]
-            share.plot(layers, used, mark, label=label, color={"^": BLUE, "o": BLACK, "s": GREEN, "v": ORANGE}[mark[0]])
-        share.set(title="Share of the hidden width in use", xlabel="layer", ylabel="rank of h / d_mlp", ylim=(0, 1))
+            share.plot(
+                layers,
+                used,
+                mark,
+                label=label,
+                color={"^": BLUE, "o": BLACK, "s": GREEN, "v": ORANGE}[mark[0]],
+            )
+        share.set(
+            title="Share of the hidden width in use", xlabel="layer", ylabel="rank of h / d_mlp", ylim=(0, 1)
+        )
         for axis in (profile, sinks, share):
             axis.legend()
         return figure
@@ -210,7 +269,9 @@ def randomised(ffn: FFN, seed: int = 0) -> FFN:
         rows = torch.randn(matrix.shape, generator=generator).to(matrix)
         return rows * (matrix.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True))
 
-    return replace(ffn, keys=random_rows(ffn.keys), gates=random_rows(ffn.gates), values=random_rows(ffn.values))
+    return replace(
+        ffn, keys=random_rows(ffn.keys), gates=random_rows(ffn.gates), values=random_rows(ffn.values)
+    )
 
 
 def _sites(ffn: FFN) -> list[str]:
@@ -288,7 +349,9 @@ def _null_ranks(
     if site == "post":
         through = null_hidden.compute().centred
     elif site == "out":
-        through = einsum(null.values.double(), covariances["post"].centred, null.values.double(), "i d, i j, j e -> d e")
+        through = einsum(
+            null.values.double(), covariances["post"].centred, null.values.double(), "i d, i j, j e -> d e"
+        )
     else:
         matrix, _ = _triangle(null, site)
         through = matrix @ covariances["in"].centred @ matrix.mT

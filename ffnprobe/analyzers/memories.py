@@ -30,17 +30,27 @@ HELD = 128 * 2**20  # bytes of vocabulary scores held at once
 class Row:
     layer: int = column("", "layer")
     neuron: int = column("", "neuron")
-    firing_rate: float = column("0..1", "share of ordinary tokens with a positive pre-activation (the gate's, when gated)")
-    activation: float = column("", "hidden activation at the strongest trigger; on a gated FFN its sign is a gauge")
+    firing_rate: float = column(
+        "0..1", "share of ordinary tokens with a positive pre-activation (the gate's, when gated)"
+    )
+    activation: float = column(
+        "", "hidden activation at the strongest trigger; on a gated FFN its sign is a gauge"
+    )
     value_norm: float = column("", "norm of the value")
     key_value_cosine: float = column("-1..1", "cosine of key and value")
-    triggers: list[dict] = column("", "strongest contexts: at (token index), activation, before, token, after")
+    triggers: list[dict] = column(
+        "", "strongest contexts: at (token index), activation, before, token, after"
+    )
     purity: float = column("0..1", "share of the triggers that are their commonest token")
     next_token: str = column("", "token that follows the strongest trigger; empty where the document ends")
-    promotes: list[str] = column("", "vocabulary tokens that the value raises most at its trigger, strongest first")
+    promotes: list[str] = column(
+        "", "vocabulary tokens that the value raises most at its trigger, strongest first"
+    )
     suppresses: list[str] = column("", "vocabulary tokens that it lowers most")
     agrees: bool = column("", "the token raised most is the one that follows the strongest trigger")
-    agrees_shuffled: float = column("0..1", "the chance of that under a random pairing of the layer's values with its keys")
+    agrees_shuffled: float = column(
+        "0..1", "the chance of that under a random pairing of the layer's values with its keys"
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,9 @@ class Memories(Result):
 
     def layers(self) -> list[LayerMemory]:
         """Rates by layer, over the layer's neurons."""
-        return [_layer_memory(layer, list(rows)) for layer, rows in groupby(self.rows, key=lambda row: row.layer)]
+        return [
+            _layer_memory(layer, list(rows)) for layer, rows in groupby(self.rows, key=lambda row: row.layer)
+        ]
 
     def findings(self) -> list[str]:
         layers = self.layers()
@@ -87,7 +99,13 @@ class Memories(Result):
     def verdicts(self) -> list[Verdict]:
         layers = self.layers()
         above = sum(layer.above_shuffled for layer in layers)
-        verdict = "supported" if above > len(layers) / 2 else "mixed" if above > 0.05 * len(layers) + 1 else "not supported"
+        verdict = (
+            "supported"
+            if above > len(layers) / 2
+            else "mixed"
+            if above > 0.05 * len(layers) + 1
+            else "not supported"
+        )
         return [
             Verdict(
                 claim=4,
@@ -105,19 +123,39 @@ class Memories(Result):
     def plot(self) -> Figure:
         layers = self.layers()
         at = [layer.layer for layer in layers]
-        figure, (agree, fire, pure) = new_figure(3, caption(self.settings, "vocabulary " + self.settings["vocabulary"]))
+        figure, (agree, fire, pure) = new_figure(
+            3, caption(self.settings, "vocabulary " + self.settings["vocabulary"])
+        )
         null = torch.tensor([layer.shuffled for layer in layers])
         sd = torch.tensor([layer.shuffled_sd for layer in layers])
         agree.plot(at, [100 * layer.agreement for layer in layers], "o-", color=BLACK, label="trained")
         agree.plot(at, 100 * null, "--", color=GREY, label="shuffled values ± 2 sd")
-        agree.fill_between(at, 100 * (null - 2 * sd).clamp(min=0), 100 * (null + 2 * sd), color=GREY, alpha=0.25, linewidth=0)
-        agree.set(title="Key and value agree", xlabel="layer", ylabel="agreement rate (% of neurons)", ylim=(0, None))
+        agree.fill_between(
+            at, 100 * (null - 2 * sd).clamp(min=0), 100 * (null + 2 * sd), color=GREY, alpha=0.25, linewidth=0
+        )
+        agree.set(
+            title="Key and value agree",
+            xlabel="layer",
+            ylabel="agreement rate (% of neurons)",
+            ylim=(0, None),
+        )
         fire.plot(at, [layer.firing_rate for layer in layers], "o-", color=BLUE, label="mean firing rate")
-        fire.plot(at, [layer.silent for layer in layers], "s--", color=ORANGE, label="never positive (share of neurons)")
+        fire.plot(
+            at,
+            [layer.silent for layer in layers],
+            "s--",
+            color=ORANGE,
+            label="never positive (share of neurons)",
+        )
         fire.set(title="How often keys match", xlabel="layer", ylabel="share", ylim=(0, 1))
         pure.plot(at, [layer.purity for layer in layers], "o-", color=BLACK, label="trained")
         pure.axhline(self.settings["purity_null"], color=GREY, linestyle="--", label="random tokens")
-        pure.set(title="Triggers are one token", xlabel="layer", ylabel="commonest token's share of triggers", ylim=(0, 1))
+        pure.set(
+            title="Triggers are one token",
+            xlabel="layer",
+            ylabel="commonest token's share of triggers",
+            ylim=(0, 1),
+        )
         for axis in (agree, fire, pure):
             axis.legend()
         return figure
@@ -173,7 +211,11 @@ def memories(
             shown[at] = {"at": at, "before": found.before, "token": found.token, "after": found.after}
         return shown[at]
 
-    rows = [row for ffn in measured for row in _layer_rows(ffn, tokens, statistics, vocabulary, words, window, readings)]
+    rows = [
+        row
+        for ffn in measured
+        for row in _layer_rows(ffn, tokens, statistics, vocabulary, words, window, readings)
+    ]
     settings = settings_of(model, tokens, seed, **collecting)
     settings |= {"triggers": triggers, "readings": readings, "vocabulary": "folded", "weights": "raw"}
     return Memories(rows, settings | {"purity_null": _purity_of_chance(tokens, triggers, seed)})

@@ -29,13 +29,19 @@ class Row:
     layer: int = column("", "layer")
     view: str = column("", "what is clustered: keys, gates or values of the layer's neurons")
     clusters: int = column("clusters", "clusters asked for")
-    signed: bool = column("", "by cosine; false: by |cosine|, where a sign is a gauge (keys and values of gated FFNs)")
-    stability: float = column("ARI", "agreement of clusterings from different seeds, mean over pairs: 0 chance, 1 equal")
+    signed: bool = column(
+        "", "by cosine; false: by |cosine|, where a sign is a gauge (keys and values of gated FFNs)"
+    )
+    stability: float = column(
+        "ARI", "agreement of clusterings from different seeds, mean over pairs: 0 chance, 1 equal"
+    )
     stability_null: float = column("ARI", "the same for Gaussian rows of that shape")
     fit: float = column("cosine", "mean |cosine| of a row to its cluster's centre, best seed")
     fit_null: float = column("cosine", "the same for Gaussian rows of that shape")
     largest: float = column("0..1", "share of the neurons in the largest cluster, best seed")
-    agreement_with_values: float | None = column("AMI", "agreement with the clusters of the values: 0 chance, 1 equal")
+    agreement_with_values: float | None = column(
+        "AMI", "agreement with the clusters of the values: 0 chance, 1 equal"
+    )
     agreement_permuted: float | None = column("AMI", "largest agreement over random pairings of the neurons")
     permutations: int = column("draws", "random pairings drawn")
 
@@ -66,21 +72,36 @@ class NeuronClusters(Result):
 
     @styled
     def plot(self) -> Figure:
-        figure, (stable, agree) = new_figure(2, caption(self.settings, f"{self.settings['clusters']} clusters"))
+        figure, (stable, agree) = new_figure(
+            2, caption(self.settings, f"{self.settings['clusters']} clusters")
+        )
         for view, (mark, colour) in MARK.items():
             rows = self.view(view)
             if not rows:
                 continue
             layers = [row.layer for row in rows]
             stable.plot(layers, [row.stability for row in rows], mark, color=colour, label=view)
-            stable.plot(layers, [row.stability_null for row in rows], "--", color=colour, alpha=0.45, linewidth=1)
+            stable.plot(
+                layers, [row.stability_null for row in rows], "--", color=colour, alpha=0.45, linewidth=1
+            )
             if view != "values":
-                agree.plot(layers, [row.agreement_with_values for row in rows], mark, color=colour, label=f"{view} and values")
+                agree.plot(
+                    layers,
+                    [row.agreement_with_values for row in rows],
+                    mark,
+                    color=colour,
+                    label=f"{view} and values",
+                )
         stable.plot([], [], "--", color=GREY, label="Gaussian rows")
         reading = self.view("gates") or self.view("keys")
         null = [row.agreement_permuted for row in reading]
         agree.plot([row.layer for row in reading], null, "--", color=GREY, label="best random pairing")
-        stable.set(title="Stable over seeds", xlabel="layer", ylabel="adjusted Rand index", ylim=(min(0, stable.get_ylim()[0]), 1))
+        stable.set(
+            title="Stable over seeds",
+            xlabel="layer",
+            ylabel="adjusted Rand index",
+            ylim=(min(0, stable.get_ylim()[0]), 1),
+        )
         agree.set(title="Read alike, write alike?", xlabel="layer", ylabel="adjusted mutual information")
         for axis in (stable, agree):
             axis.legend()
@@ -115,7 +136,9 @@ def neuron_clusters(
         row
         for ffn in ffns(model)
         if ffn.layer in chosen
-        for row in _layer_rows(ffn, min(clusters, max(2, ffn.d_mlp // 4)), range(seed, seed + seeds), permutations)
+        for row in _layer_rows(
+            ffn, min(clusters, max(2, ffn.d_mlp // 4)), range(seed, seed + seeds), permutations
+        )
     ]
     settings = {"clusters": clusters, "seeds": seeds, "permutations": permutations, "seed": seed}
     return NeuronClusters(rows, {"model": describe(model)["name"], "weights": "raw", **settings})
@@ -157,7 +180,9 @@ def _layer_rows(ffn: FFN, clusters: int, seeds: Sequence[int], permutations: int
             fit_null=null[signed[view]].fit,
             largest=float(torch.bincount(clustering.labels).max() / len(clustering.labels)),
             agreement_with_values=_agreement(clustering, values) if view != "values" else None,
-            agreement_permuted=max(_agreement(clustering, other) for other in shuffled) if view != "values" else None,
+            agreement_permuted=max(_agreement(clustering, other) for other in shuffled)
+            if view != "values"
+            else None,
             permutations=permutations,
         )
         for view, clustering in found.items()

@@ -27,16 +27,25 @@ class Row:
     matrix: str = column("", "keys: up-projection rows, gates: gate rows, values: down-projection rows")
     neurons: int = column("rows", "neurons, d_mlp")
     dimensions: int = column("columns", "d_model")
-    soft_rank: float = column("directions", "exp of the entropy of the normalised eigenvalues of the Gram matrix")
-    soft_rank_null: float = column("directions", "soft rank of Gaussian rows with the same norms, mean over draws")
+    soft_rank: float = column(
+        "directions", "exp of the entropy of the normalised eigenvalues of the Gram matrix"
+    )
+    soft_rank_null: float = column(
+        "directions", "soft rank of Gaussian rows with the same norms, mean over draws"
+    )
     soft_rank_null_sd: float = column("directions", "standard deviation of the null over draws")
     participation_ratio: float = column("directions", "(sum l)^2 / sum l^2 of those eigenvalues")
     participation_ratio_null: float = column("directions", "participation ratio of the null, mean over draws")
-    erank_rv: float = column("directions", "exp of the entropy of the normalised singular values (Roy & Vetterli)")
+    erank_rv: float = column(
+        "directions", "exp of the entropy of the normalised singular values (Roy & Vetterli)"
+    )
     erank_rv_null: float = column("directions", "effective rank of the null, mean over draws")
     stable_rank: float = column("directions", "sum l / max l")
     stable_rank_null: float = column("directions", "stable rank of the null, mean over draws")
-    spikes: int = column("directions", "eigenvalues above the noise edge: the largest one after shuffling each row's entries, plus its 99.9% fluctuation")
+    spikes: int = column(
+        "directions",
+        "eigenvalues above the noise edge: the largest one after shuffling each row's entries, plus its 99.9% fluctuation",
+    )
     norm_mean: float = column("", "mean norm of a row")
     norm_cv: float = column("", "standard deviation of the row norms over their mean")
 
@@ -78,13 +87,24 @@ class WeightRank(Result):
             if not rows:
                 continue
             layers = [row.layer for row in rows]
-            rank.plot(layers, [row.soft_rank / row.dimensions for row in rows], mark, color=colour, label=matrix)
-            spikes.plot(layers, [row.spikes / row.dimensions for row in rows], mark, color=colour, label=matrix)
+            rank.plot(
+                layers, [row.soft_rank / row.dimensions for row in rows], mark, color=colour, label=matrix
+            )
+            spikes.plot(
+                layers, [row.spikes / row.dimensions for row in rows], mark, color=colour, label=matrix
+            )
         rows = self.matrix("keys")
         null = [row.soft_rank_null / row.dimensions for row in rows]
         rank.plot([row.layer for row in rows], null, "--", color=GREY, label="Gaussian rows, same norms")
-        rank.set(title="Directions of the weights", xlabel="layer", ylabel="soft rank / d_model", ylim=(0, 1.02))
-        spikes.set(title="Directions above shuffled rows", xlabel="layer", ylabel="directions / d_model", ylim=(0, None))
+        rank.set(
+            title="Directions of the weights", xlabel="layer", ylabel="soft rank / d_model", ylim=(0, 1.02)
+        )
+        spikes.set(
+            title="Directions above shuffled rows",
+            xlabel="layer",
+            ylabel="directions / d_model",
+            ylim=(0, None),
+        )
         rank.legend()
         spikes.legend()
         return figure
@@ -97,7 +117,7 @@ def weight_rank(
 
     Args:
         layers: the layers to measure; all by default.
-        draws: Gaussian matrices and row shuffles of the null.
+        draws: Gaussian matrices of the null.
 
     Raises:
         InputError: a layer that is not there.
@@ -111,18 +131,20 @@ def weight_rank(
         for matrix, rows in (("keys", ffn.keys), ("gates", ffn.gates), ("values", ffn.values))
         if rows is not None
     ]
-    return WeightRank(rows, {"model": describe(model)["name"], "weights": "raw", "draws": draws, "seed": seed})
+    return WeightRank(
+        rows, {"model": describe(model)["name"], "weights": "raw", "draws": draws, "seed": seed}
+    )
 
 
 def _row(ffn: FFN, matrix: str, rows: Float[Tensor, "n d"], draws: int, generator: torch.Generator) -> Row:
     spectrum = sp.gram_eigenvalues(rows)
     norms = rows.norm(dim=1)
-    nulls, tops = [], []
+    nulls = []
     for _ in range(draws):
         gaussian = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
         nulls.append(sp.gram_eigenvalues(gaussian * (norms / gaussian.norm(dim=1))[:, None]))
-        order = torch.rand(rows.shape, generator=generator).argsort(dim=1)
-        tops.append(float(sp.gram_eigenvalues(rows.gather(1, order))[0]))
+    shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator).argsort(dim=1))
+    edge = float(sp.gram_eigenvalues(shuffled)[0]) + _edge_width(rows)
     soft = torch.tensor([sp.soft_rank(null) for null in nulls])
     return Row(
         layer=ffn.layer,
@@ -138,14 +160,14 @@ def _row(ffn: FFN, matrix: str, rows: Float[Tensor, "n d"], draws: int, generato
         erank_rv_null=_mean([sp.erank_rv(null) for null in nulls]),
         stable_rank=sp.stable_rank(spectrum),
         stable_rank_null=_mean([sp.stable_rank(null) for null in nulls]),
-        spikes=int((spectrum > _mean(tops) + _edge_width(rows)).sum()),
+        spikes=int((spectrum > edge).sum()),
         norm_mean=float(norms.mean()),
         norm_cv=float(norms.std(correction=0) / norms.mean()),
     )
 
 
 def _edge_width(rows: Float[Tensor, "n d"]) -> float:
-    """How far above its mean the largest eigenvalue of pure noise comes once in a thousand (Johnstone 2001)."""
+    """How far above another draw the largest eigenvalue of pure noise comes once in a thousand (Johnstone 2001)."""
     n, d = rows.shape
     scale = (n**0.5 + d**0.5) * (n**-0.5 + d**-0.5) ** (1 / 3) * float(rows.square().mean())
     return 4.5 * scale  # Tracy-Widom: mean -1.2, 99.9% quantile 3.3

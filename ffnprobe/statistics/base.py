@@ -36,11 +36,15 @@ class Statistic(ABC):
             ValueError: it is another kind of statistic, or was set up differently.
         """
         if type(other) is not type(self):
-            raise ValueError(f"cannot merge {type(other).__name__} into {type(self).__name__}: merge like with like")
+            raise ValueError(
+                f"cannot merge {type(other).__name__} into {type(self).__name__}: merge like with like"
+            )
         for name, mine in self._state.items():
             theirs = other._state[name]
             if mine.shape != theirs.shape or (name in self.fixed and not torch.equal(mine, theirs)):
-                raise ValueError(f"cannot merge: {name!r} differs between the two; set both up from one pilot sample")
+                raise ValueError(
+                    f"cannot merge: {name!r} differs between the two; set both up from one pilot sample"
+                )
         self._add(other._state)
 
     def state(self) -> dict[str, Tensor]:

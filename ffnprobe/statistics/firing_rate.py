@@ -16,7 +16,12 @@ class FiringRate(Statistic):
     @classmethod
     def about(cls, sample: Float[Tensor, "n d"]) -> FiringRate:
         """Nothing seen yet, as wide as a pilot sample."""
-        return cls({"n": no_tokens(), "positive": torch.zeros(sample.shape[1], dtype=torch.int64, device=sample.device)})
+        return cls(
+            {
+                "n": no_tokens(),
+                "positive": torch.zeros(sample.shape[1], dtype=torch.int64, device=sample.device),
+            }
+        )
 
     def _summary(self, x: Float[Tensor, "n d"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
         return {"n": torch.tensor(len(x)), "positive": (x > 0).sum(0)}

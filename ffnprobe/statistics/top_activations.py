@@ -41,7 +41,9 @@ class TopActivations(Statistic):
 
     def _summary(self, x: Float[Tensor, "n d"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
         if int(at.max()) >= MOST_TOKENS:
-            raise ValueError(f"token index {int(at.max())} is beyond {MOST_TOKENS}: split the corpus into several runs")
+            raise ValueError(
+                f"token index {int(at.max())} is beyond {MOST_TOKENS}: split the corpus into several runs"
+            )
         x = x.float()
         score = x.abs() if self._state["by_magnitude"] else x
         k = min(self._state["entries"].shape[1], len(x))
@@ -74,7 +76,9 @@ class TopActivations(Statistic):
         return Top(activation, MOST_TOKENS - 1 - ((entries >> 1) & (MOST_TOKENS - 1)))
 
 
-def _pack(score: Float[Tensor, "n d"], at: Int[Tensor, "n #d"], negative: Bool[Tensor, "n d"]) -> Int[Tensor, "n d"]:
+def _pack(
+    score: Float[Tensor, "n d"], at: Int[Tensor, "n #d"], negative: Bool[Tensor, "n d"]
+) -> Int[Tensor, "n d"]:
     return (_sortable(score) << 32) | ((MOST_TOKENS - 1 - at) << 1) | negative
 
 

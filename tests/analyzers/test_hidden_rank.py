@@ -68,7 +68,11 @@ def test_the_null_is_the_ranks_of_the_same_layer_with_random_weights(model, toke
     layer = ffns(model)[1]
     null = randomised(layer, 3)
     x, h = (rows_at(model, text, 1, site) for site in ("in", "post"))
-    expected = {"post": null.hidden(x.float()).double(), "out": h @ null.values.double(), "pre": null.pre(x.float()).double()}
+    expected = {
+        "post": null.hidden(x.float()).double(),
+        "out": h @ null.values.double(),
+        "pre": null.pre(x.float()).double(),
+    }
     for site, rows in expected.items():
         assert result.site(site)[0].soft_rank_null == pytest.approx(sp.soft_rank(spectrum_of(rows)), rel=2e-3)
 
@@ -92,7 +96,9 @@ def test_permuting_the_neurons_changes_no_rank(planted, model_of, tokens):
 
     one, other = model_of("llama"), planted("llama", permute)
     text = tokens(one)
-    for a, b in zip(hidden_rank(one, text, layers=[1]).rows, hidden_rank(other, text, layers=[1]).rows, strict=True):
+    for a, b in zip(
+        hidden_rank(one, text, layers=[1]).rows, hidden_rank(other, text, layers=[1]).rows, strict=True
+    ):
         assert a.soft_rank == pytest.approx(b.soft_rank, rel=1e-4)
         assert a.participation_ratio_debiased == pytest.approx(b.participation_ratio_debiased, rel=1e-3)
 
@@ -112,7 +118,11 @@ def test_the_table_round_trips_with_its_settings(model, tokens, tmp_path):
     result = hidden_rank(model, tokens(model), layers=[0])
     again = HiddenRank.load(result.save(tmp_path / "t.parquet"))
     assert again.settings == result.settings
-    for a, b in zip(chain(*(vars(row).values() for row in result.rows)), chain(*(vars(row).values() for row in again.rows)), strict=True):
+    for a, b in zip(
+        chain(*(vars(row).values() for row in result.rows)),
+        chain(*(vars(row).values() for row in again.rows)),
+        strict=True,
+    ):
         assert a == b or (math.isnan(a) and math.isnan(b))
     assert again.findings() == result.findings()
 
@@ -124,13 +134,31 @@ def test_a_layer_that_is_not_there_is_said(model, tokens):
 
 def row(layer: int, site: str, soft: float, null: float, spread: float = 1.0) -> Row:
     numbers = {name: 1.0 if "float" in kind else 1 for name, kind in Row.__annotations__.items()}
-    return Row(**{**numbers, "layer": layer, "site": site, "soft_rank": soft, "soft_rank_null": null, "soft_rank_spread": spread})
+    return Row(
+        **{
+            **numbers,
+            "layer": layer,
+            "site": site,
+            "soft_rank": soft,
+            "soft_rank_null": null,
+            "soft_rank_spread": spread,
+        }
+    )
 
 
 @pytest.mark.parametrize(
     ("hidden", "null", "verdict"),
-    [(20.0, 15.0, "supported"), (20.0, 30.0, "mixed"), (10.5, 5.0, "not supported"), (5.0, 1.0, "not supported")],
+    [
+        (20.0, 15.0, "supported"),
+        (20.0, 30.0, "mixed"),
+        (10.5, 5.0, "not supported"),
+        (5.0, 1.0, "not supported"),
+    ],
 )
 def test_the_verdict_on_expansion_follows_its_rule(hidden, null, verdict):
-    rows = [row(layer, site, soft, null) for layer in range(3) for site, soft in (("in", 10.0), ("post", hidden), ("out", 9.0))]
+    rows = [
+        row(layer, site, soft, null)
+        for layer in range(3)
+        for site, soft in (("in", 10.0), ("post", hidden), ("out", 9.0))
+    ]
     assert HiddenRank(rows, {}).verdicts()[0].verdict == verdict

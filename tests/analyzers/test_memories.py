@@ -22,7 +22,9 @@ def test_triggers_are_the_strongest_ordinary_tokens(architecture, model_of, toke
     ranked = hidden.abs() if ffns(model)[1].gated else hidden
     for row in result.rows:
         best = ranked[:, row.neuron].topk(3).indices
-        assert [t["activation"] for t in row.triggers] == pytest.approx(hidden[best, row.neuron].tolist(), rel=1e-5)
+        assert [t["activation"] for t in row.triggers] == pytest.approx(
+            hidden[best, row.neuron].tolist(), rel=1e-5
+        )
         assert [t["at"] for t in row.triggers] == at[best].tolist()
         assert not text.special.flatten()[at[best]].any()
 
@@ -38,7 +40,9 @@ def test_values_are_read_through_the_folded_unembedding(gpt2, tokens):
 def test_chunks_of_values_change_nothing(gpt2):
     values, vocabulary = ffns(gpt2)[0].values, unembedding(gpt2)
     whole = read_values(values, vocabulary, 3)
-    assert all(torch.equal(a, b) for a, b in zip(whole, read_values(values, vocabulary, 3, held=1), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole, read_values(values, vocabulary, 3, held=1), strict=True)
+    )
 
 
 def test_values_that_write_the_next_token_agree_and_shuffled_ones_do_not(planted, model_of, tokens):
@@ -72,7 +76,10 @@ def test_shuffled_agreement_is_the_mean_over_random_pairings(gpt2, tokens):
     following = [row.next_token for row in result.rows]
     generator = torch.Generator().manual_seed(0)
     rates = [
-        sum(top[j] == following[i] and following[i] != "" for i, j in enumerate(torch.randperm(len(top), generator=generator)))
+        sum(
+            top[j] == following[i] and following[i] != ""
+            for i, j in enumerate(torch.randperm(len(top), generator=generator))
+        )
         / len(top)
         for _ in range(2000)
     ]
@@ -87,8 +94,15 @@ def test_a_gated_neuron_with_key_and_value_negated_reads_the_same(planted, model
 
     one, other = model_of("llama"), planted("llama", negate)
     text = tokens(one)
-    for a, b in zip(memories(one, text, layers=[1]).rows, memories(other, text, layers=[1]).rows, strict=True):
-        assert (a.promotes, a.suppresses, a.agrees, a.next_token) == (b.promotes, b.suppresses, b.agrees, b.next_token)
+    for a, b in zip(
+        memories(one, text, layers=[1]).rows, memories(other, text, layers=[1]).rows, strict=True
+    ):
+        assert (a.promotes, a.suppresses, a.agrees, a.next_token) == (
+            b.promotes,
+            b.suppresses,
+            b.agrees,
+            b.next_token,
+        )
         assert [t["at"] for t in a.triggers] == [t["at"] for t in b.triggers]
         assert a.firing_rate == b.firing_rate
         assert a.key_value_cosine == pytest.approx(b.key_value_cosine, abs=1e-5)

@@ -47,8 +47,14 @@ def test_gaussian_weights_have_no_groups(planted):
 
 def test_lines_ignore_signs_and_scales_and_cosines_do_not():
     rows = directions(0)
-    turned = rows * torch.linspace(0.1, 10, 48)[:, None] * torch.where(torch.arange(48) // GROUPS % 2 == 0, 1.0, -1.0)[:, None]
-    assert torch.equal(spherical_kmeans(rows, GROUPS, signed=False)[0], spherical_kmeans(turned, GROUPS, signed=False)[0])
+    turned = (
+        rows
+        * torch.linspace(0.1, 10, 48)[:, None]
+        * torch.where(torch.arange(48) // GROUPS % 2 == 0, 1.0, -1.0)[:, None]
+    )
+    assert torch.equal(
+        spherical_kmeans(rows, GROUPS, signed=False)[0], spherical_kmeans(turned, GROUPS, signed=False)[0]
+    )
     assert not torch.equal(spherical_kmeans(rows, GROUPS)[0], spherical_kmeans(turned, GROUPS)[0])
 
 

@@ -34,7 +34,9 @@ def test_planted_directions_stand_out(planted):
 def test_a_rank_one_matrix_has_one_direction(planted):
     def plant(hf):
         weight = hf.model.layers[0].mlp.gate_proj.weight
-        weight.copy_(torch.outer(torch.arange(1.0, 49), torch.randn(16, generator=torch.Generator().manual_seed(1))))
+        weight.copy_(
+            torch.outer(torch.arange(1.0, 49), torch.randn(16, generator=torch.Generator().manual_seed(1)))
+        )
 
     row = weight_rank(planted("llama", plant), layers=[0]).matrix("gates")[0]
     assert row.soft_rank == pytest.approx(1, abs=1e-4)
