@@ -31,18 +31,15 @@ Corpus = Annotated[
 ]
 Dataset = Annotated[str | None, typer.Option(help="A data set of the hub instead.")]
 Seed = Annotated[int, typer.Option(help="Of the document sample and of every null.", min=0)]
-SinkFactor = Annotated[
-    float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)
-]
+SinkFactor = Annotated[float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)]
 
 
 @app.callback()
 def options(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     threads: Annotated[int, typer.Option(help="Threads; all cores by default.", min=0)] = 0,
 ) -> None:
-    context.obj = {"debug": debug}
+    # debug is read in main, which catches what a command raises
     if threads:
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[variable] = str(threads)  # read when torch and numpy are first imported
@@ -109,9 +106,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A built-in model.")] = "smol
 @app.command()
 def neuron(
     model: Model,
-    name: Annotated[
-        str, typer.Argument(metavar="L.I", help="Layer and neuron, as in 5.123.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="L.I", help="Layer and neuron, as in 5.123.", show_default=False)],
     tokens: Tokens = 16_384,
     corpus: Corpus = None,
     seed: Seed = 0,

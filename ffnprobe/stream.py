@@ -7,7 +7,7 @@ runs, so that no more than one layer's activations exist at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -73,9 +73,7 @@ class Sinks:
     residual: dict[int, float]
     hidden: dict[int, float]
 
-    def find(
-        self, layer: int, residual: Float[Tensor, "n d"], hidden: Float[Tensor, "n w"]
-    ) -> Bool[Tensor, " n"]:
+    def find(self, layer: int, residual: Float[Tensor, "n d"], hidden: Float[Tensor, "n w"]) -> Bool[Tensor, " n"]:
         return (residual.norm(dim=1) > self.residual[layer]) | (hidden.norm(dim=1) > self.hidden[layer])
 
 
@@ -201,10 +199,8 @@ def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap
     available = {tap.layer: tap for tap in taps(model)}
     for layer in layers if layers is not None else ():
         if layer not in available:
-            first, last = min(available), max(available)
-            raise InputError(
-                f"layer {layer} is not there: the model's FFNs are in layers {first} to {last}; choose among them"
-            )
+            there = f"{min(available)} to {max(available)}"
+            raise InputError(f"layer {layer} is not there: the FFNs are in layers {there}; choose among them")
     return [tap for layer, tap in available.items() if layers is None or layer in layers]
 
 
@@ -278,12 +274,10 @@ def _hook_layer(tap: Tap, on_layer, last: bool) -> list[torch.utils.hooks.Remova
 
 
 def _run(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_layer) -> None:
-    network = plain(model).base_model  # no logits: nobody asked
-    with _hooks(chosen, on_layer), torch.inference_mode():
-        try:
-            network(input_ids=ids.to(network.device), use_cache=False)
-        except _Enough:
-            pass
+    twin = plain(model)
+    with _hooks(chosen, on_layer), torch.inference_mode(), suppress(_Enough):
+        # the base model: nobody asked for logits
+        twin.base_model(input_ids=ids.to(twin.device), use_cache=False)
 
 
 def settings_of(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,13 +18,13 @@ from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
 from ..analyzers.hidden_rank import probes as rank_probes
 from ..analyzers.memories import Row as Memory
 from ..analyzers.memories import probes as memory_probes
-from ..stream import SINK_FACTOR, choose_layers, collect
 from ..corpus import load_corpus, load_dataset_corpus, pack
 from ..disk import atomic_write, make_folder
 from ..errors import InputError
 from ..figure import save_figure
 from ..models import describe, ffns, load_model, tokenizer_of
 from ..result import Result
+from ..stream import SINK_FACTOR, choose_layers, collect
 from .card import NeuronCard
 from .page import About, top_findings, write_page
 
@@ -80,11 +81,11 @@ def build_report(
     tokens = pack(corpus, tokenizer, tokens=settings.tokens, seed=settings.seed)
 
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
-    collecting = {"sink_factor": settings.sink_factor}
+    collecting: dict[str, Any] = {"sink_factor": settings.sink_factor}
     wanted = rank_probes(measured, settings.seed) | memory_probes(measured)
     statistics = collect(model, tokens, wanted, progress=progress, **collecting)
 
-    shared = {"layers": sorted(chosen), "seed": settings.seed}
+    shared: dict[str, Any] = {"layers": sorted(chosen), "seed": settings.seed}
     streamed = shared | collecting | {"statistics": statistics}
     results: list[Result] = []
     for name, measure in (
@@ -101,7 +102,7 @@ def build_report(
         result.save(out / "tables" / f"{result.name}.parquet")
         save_figure(result.plot(), out / "figures" / result.name)
     versions = {library: version(library) for library in LIBRARIES} | {"python": platform.python_version()}
-    run = {
+    run: dict[str, Any] = {
         "settings": asdict(settings),
         "model": describe(model),
         "corpus": {"name": corpus.name, "sha256": corpus.sha256},
