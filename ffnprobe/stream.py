@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .corpus import Tokens
 from .errors import InputError
-from .models import Model, Tap, describe, plain, taps
+from .models import Model, Tap, context_length, describe, plain, taps
 from .statistics import Statistic
 
 SITES = ("in", "pre", "up", "post", "out")
@@ -73,8 +74,15 @@ class Sinks:
     residual: dict[int, float]
     hidden: dict[int, float]
 
-    def find(self, layer: int, residual: Float[Tensor, "n d"], hidden: Float[Tensor, "n w"]) -> Bool[Tensor, " n"]:
-        return (residual.norm(dim=1) > self.residual[layer]) | (hidden.norm(dim=1) > self.hidden[layer])
+    def find(self, layer: int, read: Mapping[str, Tensor]) -> Bool[Tensor, " n"]:
+        """Which of a layer's tokens are sinks."""
+        residual, hidden = _norms(read)
+        return (residual > self.residual[layer]) | (hidden > self.hidden[layer])
+
+
+def _norms(read: Mapping[str, Tensor]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Norms of the residual stream and of the hidden activation, each neuron weighed as it is written."""
+    return read["residual"].norm(dim=1), (read["post"].square() @ read["weight"]).sqrt()
 
 
 def capture(
@@ -154,7 +162,8 @@ def collect(
                 use = torch.isin(seen.kind, torch.tensor([KINDS.index(kind) for kind in probe.kinds]))
                 if probe.half is not None:
                     use &= half[seen.at] == probe.half
-                statistics[name].update(probe.of(seen.sites[probe.site][use]), seen.at[use])
+                x = probe.of(seen.sites[probe.site][use])
+                statistics[name].update(x, seen.at[use].to(x.device))
 
         _run(model, tokens.ids[rows], chosen, feed)
         if progress:
@@ -176,10 +185,11 @@ def find_sinks(
     sinks = Sinks(factor, {}, {})
 
     def measure(tap: Tap, read: dict[str, Tensor]) -> None:
-        sinks.residual[tap.layer] = factor * float(read["residual"].norm(dim=1).median())
-        sinks.hidden[tap.layer] = factor * float(read["post"].norm(dim=1).median())
+        residual, hidden = _norms(read)
+        sinks.residual[tap.layer] = factor * float(residual.median())
+        sinks.hidden[tap.layer] = factor * float(hidden.median())
         if then:
-            then(tap, read, ~sinks.find(tap.layer, read["residual"], read["post"]))
+            then(tap, read, ~sinks.find(tap.layer, read))
 
     _run(model, tokens.ids[pilot_rows(tokens)], chosen, measure)
     return sinks
@@ -197,7 +207,9 @@ def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap
         InputError: a layer that has no FFN or is not there.
     """
     available = {tap.layer: tap for tap in taps(model)}
-    for layer in layers if layers is not None else ():
+    if layers is not None and not layers:
+        raise InputError("no layer chosen: name at least one")
+    for layer in layers or ():
         if layer not in available:
             there = f"{min(available)} to {max(available)}"
             raise InputError(f"layer {layer} is not there: the FFNs are in layers {there}; choose among them")
@@ -217,7 +229,7 @@ def _activations(tap, read, sites, rows, tokens: Tokens, sinks: Sinks) -> Activa
     at = rearrange(rows * length, "s -> s 1") + torch.arange(length)
     at = rearrange(at, "s l -> (s l)")
     kind = 2 * tokens.special[rows].flatten().long()
-    kind[sinks.find(tap.layer, read["residual"], read["post"]).cpu()] = 1
+    kind[sinks.find(tap.layer, read).cpu()] = 1
     return Activations(tap.layer, at, kind, {site: read[site] for site in sites})
 
 
@@ -239,6 +251,10 @@ def _hooks(chosen: Sequence[Tap], on_layer: Callable[[Tap, dict[str, Tensor]], N
 
 def _hook_layer(tap: Tap, on_layer, last: bool) -> list[torch.utils.hooks.RemovableHandle]:
     read: dict[str, Tensor] = {}
+    gated = tap.gate is not None or tap.fused
+    # the scale of a gated neuron is a gauge, of a plain one it is not
+    down: Any = tap.down
+    weight = down.weight.detach().square().sum(0) if gated else torch.ones(())
 
     def rows(x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
@@ -258,6 +274,7 @@ def _hook_layer(tap: Tap, on_layer, last: bool) -> list[torch.utils.hooks.Remova
 
     def at_down(module: nn.Module, args: tuple, output: Tensor) -> None:
         read["post"], read["out"] = rows(args[0]), rows(output)
+        read["weight"] = weight.to(read["post"]).expand(read["post"].shape[1])
         on_layer(tap, dict(read))
         read.clear()  # or the layer's activations would live until the next batch
         if last:
@@ -275,7 +292,11 @@ def _hook_layer(tap: Tap, on_layer, last: bool) -> list[torch.utils.hooks.Remova
 
 def _run(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_layer) -> None:
     twin = plain(model)
-    with _hooks(chosen, on_layer), torch.inference_mode(), suppress(_Enough):
+    if (longest := context_length(model)) < ids.shape[1]:
+        raise InputError(
+            f"sequences of {ids.shape[1]} tokens: this model reads {longest}; pack with length={longest}"
+        )
+    with _hooks(chosen, on_layer), torch.no_grad(), suppress(_Enough):
         # the base model: nobody asked for logits
         twin.base_model(input_ids=ids.to(twin.device), use_cache=False)
 

@@ -10,19 +10,21 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 
 from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
+from ..analyzers.hidden_rank import check_documents
 from ..analyzers.hidden_rank import probes as rank_probes
 from ..analyzers.memories import Row as Memory
 from ..analyzers.memories import probes as memory_probes
-from ..corpus import load_corpus, load_dataset_corpus, pack
+from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
 from ..disk import atomic_write, make_folder
 from ..errors import InputError
 from ..figure import save_figure
-from ..models import describe, ffns, load_model, tokenizer_of
+from ..models import context_length, describe, ffns, load_model, reads_vocabulary, tokenizer_of
 from ..result import Result
 from ..stream import SINK_FACTOR, choose_layers, collect
 from .card import NeuronCard
@@ -48,10 +50,10 @@ class Settings:
         """The command line that makes this report again."""
         options = [f"--tokens {self.tokens}"] if self.tokens != Settings.tokens else []
         options += [f"--layers {','.join(map(str, self.layers))}"] if self.layers is not None else []
-        options += [f"--{name} {value}" for name in ("corpus", "dataset") if (value := getattr(self, name))]
+        options += [f"--{name} {quote(value)}" for name in ("corpus", "dataset") if (value := getattr(self, name))]
         options += [f"--seed {self.seed}"] if self.seed else []
         options += [f"--sink-factor {self.sink_factor:g}"] if self.sink_factor != SINK_FACTOR else []
-        return " ".join(["ffnprobe report", self.model, *options, f"--out {out}"])
+        return " ".join(["ffnprobe report", quote(self.model), *options, f"--out {quote(out)}"])
 
 
 def build_report(
@@ -74,28 +76,37 @@ def build_report(
     _refuse_other_run(out, settings)
     say(f"loading {settings.model}")
     model = load_model(settings.model, say=say)
-    tokenizer = tokenizer_of(model)
     chosen = {tap.layer for tap in choose_layers(model, settings.layers)}
     measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
     corpus = load_dataset_corpus(settings.dataset) if settings.dataset else load_corpus(settings.corpus)
-    tokens = pack(corpus, tokenizer, tokens=settings.tokens, seed=settings.seed)
+    length = min(LENGTH, context_length(model))
+    tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
+    check_documents(tokens)
+    legible = reads_vocabulary(model)
+    if legible is not None:
+        say(f"memories is left out: {legible}")
 
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
     collecting: dict[str, Any] = {"sink_factor": settings.sink_factor}
-    wanted = rank_probes(measured, settings.seed) | memory_probes(measured)
-    statistics = collect(model, tokens, wanted, progress=progress, **collecting)
+    ranks_need = rank_probes(measured, settings.seed)
+    memories_need = {} if legible else memory_probes(measured)
+    statistics = collect(model, tokens, ranks_need | memories_need, progress=progress, **collecting)
 
     shared: dict[str, Any] = {"layers": sorted(chosen), "seed": settings.seed}
     streamed = shared | collecting | {"statistics": statistics}
-    results: list[Result] = []
-    for name, measure in (
-        ("hidden_rank", lambda: hidden_rank(model, tokens, **streamed)),
-        ("memories", lambda: memories(model, tokens, **streamed)),
-        ("weight_rank", lambda: weight_rank(model, **shared)),
-        ("neuron_clusters", lambda: neuron_clusters(model, **shared)),
-    ):
-        say(f"measuring {name}")
-        results.append(measure())
+    say("measuring hidden_rank")
+    results: list[Result] = [hidden_rank(model, tokens, **streamed)]
+    for name in ranks_need:
+        del statistics[name]  # the covariances, by far the most of the memory
+    neurons: list[NeuronCard] = []
+    if not legible:
+        say("measuring memories")
+        results.append(memories(model, tokens, **streamed))
+        neurons = cards(results[-1].rows)
+    say("measuring weight_rank")
+    results.append(weight_rank(model, **shared))
+    say("measuring neuron_clusters")
+    results.append(neuron_clusters(model, **shared))
 
     say("writing tables, figures and the page")
     for result in results:
@@ -119,7 +130,7 @@ def build_report(
         seconds=time.perf_counter() - started,
         versions=versions,
     )
-    write_page(out / "report.html", about, results, cards(results[1].rows))
+    write_page(out / "report.html", about, results, neurons)
     return top_findings(results)
 
 
@@ -127,7 +138,7 @@ def cards(rows: Sequence[Memory], each: int = CARDS) -> list[NeuronCard]:
     """Cards of the neurons that contribute most at their strongest trigger, `each` of every layer."""
     chosen: list[NeuronCard] = []
     for _, layer in groupby(rows, key=lambda row: row.layer):
-        strongest = sorted(layer, key=lambda row: abs(row.activation) * row.value_norm, reverse=True)
+        strongest = sorted(layer, key=lambda row: abs(row.contribution), reverse=True)
         chosen += [card(row) for row in strongest[:each]]
     return chosen
 
@@ -137,12 +148,12 @@ def card(row: Memory) -> NeuronCard:
     return NeuronCard(
         layer=row.layer,
         neuron=row.neuron,
-        contexts=tuple((t["before"], t["token"], t["after"], t["activation"]) for t in row.triggers),
+        contexts=tuple((t["before"], t["token"], t["after"], t["contribution"]) for t in row.triggers),
         promotes=tuple(row.promotes),
         suppresses=tuple(row.suppresses),
         numbers={
             "firing rate": row.firing_rate,
-            "value norm": row.value_norm,
+            "contribution": row.contribution,
             "cosine of key and value": row.key_value_cosine,
             "purity of the triggers": row.purity,
             "agreement": row.agrees,
@@ -156,7 +167,7 @@ def _refuse_other_run(out: Path, settings: Settings) -> None:
     if not path.exists():
         return
     try:
-        before = json.loads(path.read_text())["settings"]
+        before = dict(json.loads(path.read_text())["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a run of ffnprobe: choose another folder with --out") from error
     now = json.loads(json.dumps(asdict(settings)))
