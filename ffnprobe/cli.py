@@ -77,7 +77,7 @@ def check(model: Model) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .models import check_model, describe, load_model, reads_vocabulary
+    from .models import check_model, describe, load_model, why_illegible
 
     loaded = load_model(model, say=_say, refuse=False)
     checked = check_model(loaded)
@@ -95,7 +95,7 @@ def check(model: Model) -> None:
     if not checked.ok:
         raise ModelRefused(f"{model} failed the self-check: {checked.problems[0]}: choose another model")
     console.print("these analyzers apply: hidden_rank, weight_rank, neuron_clusters", end="")
-    illegible = reads_vocabulary(loaded)
+    illegible = why_illegible(loaded)
     console.print(f"; not memories: {illegible}" if illegible else ", memories", markup=False)
 
 

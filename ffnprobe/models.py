@@ -306,7 +306,7 @@ def output_gain(model: TransformerBridge, layer: int) -> Float[Tensor, " d_model
     return _gain(norm, norm.weight.detach()[None])[0]
 
 
-def reads_vocabulary(model: TransformerBridge) -> str | None:
+def why_illegible(model: TransformerBridge) -> str | None:
     """Why values cannot be read in the vocabulary; None where they can."""
     try:
         unembedding(model)

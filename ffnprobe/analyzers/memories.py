@@ -235,7 +235,7 @@ def read_values(
 
 def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window, readings: int, gain) -> list[Row]:
     top = statistics[f"memories/{ffn.layer}/top"].compute()
-    rate = statistics[f"memories/{ffn.layer}/rate"].compute()
+    rate = statistics[f"memories/{ffn.layer}/rate"].compute().cpu()
     activation, at = top.activation.cpu(), top.at.cpu()
     values = ffn.values if gain is None else ffn.values * gain
     written = values * torch.where(activation[:, :1] < 0, -1.0, 1.0).to(values)

@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
+from ..analyzers import Memories, hidden_rank, memories, neuron_clusters, weight_rank
 from ..analyzers.hidden_rank import check_documents
 from ..analyzers.hidden_rank import probes as rank_probes
 from ..analyzers.memories import Row as Memory
 from ..analyzers.memories import probes as memory_probes
-from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
+from ..corpus import LENGTH, Tokens, load_corpus, load_dataset_corpus, pack
 from ..disk import atomic_write, make_folder
 from ..errors import InputError
+from ..ffn import FFN
 from ..figure import save_figure
-from ..models import context_length, describe, ffns, load_model, reads_vocabulary, tokenizer_of
+from ..models import Model, context_length, describe, ffns, load_model, tokenizer_of, why_illegible
 from ..result import Result
 from ..stream import SINK_FACTOR, choose_layers, collect
 from .card import NeuronCard
@@ -82,31 +83,8 @@ def build_report(
     length = min(LENGTH, context_length(model))
     tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
     check_documents(tokens)
-    legible = reads_vocabulary(model)
-    if legible is not None:
-        say(f"memories is left out: {legible}")
-
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
-    collecting: dict[str, Any] = {"sink_factor": settings.sink_factor}
-    ranks_need = rank_probes(measured, settings.seed)
-    memories_need = {} if legible else memory_probes(measured)
-    statistics = collect(model, tokens, ranks_need | memories_need, progress=progress, **collecting)
-
-    shared: dict[str, Any] = {"layers": sorted(chosen), "seed": settings.seed}
-    streamed = shared | collecting | {"statistics": statistics}
-    say("measuring hidden_rank")
-    results: list[Result] = [hidden_rank(model, tokens, **streamed)]
-    for name in ranks_need:
-        del statistics[name]  # the covariances, by far the most of the memory
-    neurons: list[NeuronCard] = []
-    if not legible:
-        say("measuring memories")
-        results.append(memories(model, tokens, **streamed))
-        neurons = cards(results[-1].rows)
-    say("measuring weight_rank")
-    results.append(weight_rank(model, **shared))
-    say("measuring neuron_clusters")
-    results.append(neuron_clusters(model, **shared))
+    results = _measure(model, tokens, measured, settings, say, progress)
 
     say("writing tables, figures and the page")
     for result in results:
@@ -130,8 +108,41 @@ def build_report(
         seconds=time.perf_counter() - started,
         versions=versions,
     )
+    neurons = [card for result in results if isinstance(result, Memories) for card in cards(result.rows)]
     write_page(out / "report.html", about, results, neurons)
     return top_findings(results)
+
+
+def _measure(
+    model: Model,
+    tokens: Tokens,
+    measured: Sequence[FFN],
+    settings: Settings,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None,
+) -> list[Result]:
+    """One pass over the tokens, then every analyzer that applies."""
+    if illegible := why_illegible(model):
+        say(f"memories is left out: {illegible}")
+    collecting: dict[str, Any] = {"sink_factor": settings.sink_factor}
+    ranks_need = rank_probes(measured, settings.seed)
+    memories_need = {} if illegible else memory_probes(measured)
+    statistics = collect(model, tokens, ranks_need | memories_need, progress=progress, **collecting)
+
+    shared: dict[str, Any] = {"layers": [ffn.layer for ffn in measured], "seed": settings.seed}
+    streamed = shared | collecting | {"statistics": statistics}
+    say("measuring hidden_rank")
+    results: list[Result] = [hidden_rank(model, tokens, **streamed)]
+    for name in ranks_need:
+        del statistics[name]  # the covariances, by far the most of the memory
+    if not illegible:
+        say("measuring memories")
+        results.append(memories(model, tokens, **streamed))
+    say("measuring weight_rank")
+    results.append(weight_rank(model, **shared))
+    say("measuring neuron_clusters")
+    results.append(neuron_clusters(model, **shared))
+    return results
 
 
 def cards(rows: Sequence[Memory], each: int = CARDS) -> list[NeuronCard]:
