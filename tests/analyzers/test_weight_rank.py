@@ -12,7 +12,12 @@ def gaussian(hf):
 
 
 def test_gaussian_weights_are_their_own_null(planted):
-    for row in weight_rank(planted("llama", gaussian), draws=20).rows:
+    def unequal(hf):  # a null of equal norms would differ
+        gaussian(hf)
+        for layer in hf.model.layers:
+            layer.mlp.gate_proj.weight.mul_(torch.logspace(-1, 1, 48)[:, None])
+
+    for row in weight_rank(planted("llama", unequal), draws=20).rows:
         assert row.soft_rank == pytest.approx(row.soft_rank_null, abs=6 * row.soft_rank_null_sd)
         assert row.spikes == 0
 
