@@ -12,10 +12,12 @@ import ffnprobe
 ROOT = Path(ffnprobe.__file__).parent
 RANKS = (
     ("errors",),
-    ("disk", "ffn", "spectrum", "clustering", "statistics"),
+    ("disk", "ffn", "spectrum", "clustering", "statistics", "backoff"),
     ("result", "figure", "taps", "hub"),
     ("check",),
     ("models", "corpus"),
+    ("forward",),
+    ("sinks",),
     ("stream",),
     ("analyzers",),
     ("report",),
