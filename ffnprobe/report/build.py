@@ -1,33 +1,35 @@
-"""From a model's name to a run folder: load, collect once, analyse, write."""
+"""From a model's name to a run folder, and from a run folder to the page: load, run, analyse, draw."""
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import torch
-
 from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
+from ..analyzers.hidden_rank import HiddenRank
 from ..analyzers.hidden_rank import probes as rank_probes
+from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
 from ..analyzers.memories import probes as memory_probes
-from ..stream import SINK_FACTOR, choose_layers, collect
+from ..analyzers.neuron_clusters import NeuronClusters
+from ..analyzers.weight_rank import WeightRank
 from ..corpus import load_corpus, load_dataset_corpus, pack
-from ..disk import atomic_write, make_folder
 from ..errors import InputError
+from ..executors import Executor
 from ..figure import save_figure
 from ..models import describe, ffns, load_model, tokenizer_of
-from ..result import Result
+from ..run import note, read_run, run
+from ..shards import Work
+from ..statistics import Statistic
+from ..stream import BATCH, SINK_FACTOR, choose_layers
 from .card import NeuronCard
 from .page import About, top_findings, write_page
 
-LIBRARIES = ("ffnprobe", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy")
+RESULTS = (HiddenRank, Memories, WeightRank, NeuronClusters)
 CARDS = 32  # neurons of each layer in the page's browser; the table has them all
 
 
@@ -42,6 +44,9 @@ class Settings:
     dataset: str | None = None
     seed: int = 0
     sink_factor: float = SINK_FACTOR
+    nonfinite: str = "stop"
+    batch: int = BATCH
+    shard: int | None = None
 
     def command(self, out: str) -> str:
         """The command line that makes this report again."""
@@ -50,76 +55,98 @@ class Settings:
         options += [f"--{name} {value}" for name in ("corpus", "dataset") if (value := getattr(self, name))]
         options += [f"--seed {self.seed}"] if self.seed else []
         options += [f"--sink-factor {self.sink_factor:g}"] if self.sink_factor != SINK_FACTOR else []
+        options += [f"--nonfinite {self.nonfinite}"] if self.nonfinite != "stop" else []
+        options += [f"--batch {self.batch}"] if self.batch != BATCH else []
+        options += [f"--shard {self.shard}"] if self.shard else []
         return " ".join(["ffnprobe report", self.model, *options, f"--out {out}"])
+
+
+def work_of(settings: Settings, say: Callable[[str], object]) -> Work:
+    """Load the model and the tokens, and list what all analyzers want of one pass."""
+    say(f"loading {settings.model}")
+    model = load_model(settings.model, say=say)
+    chosen = {tap.layer for tap in choose_layers(model, settings.layers)}
+    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    corpus = load_dataset_corpus(settings.dataset) if settings.dataset else load_corpus(settings.corpus)
+    tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, seed=settings.seed)
+    say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
+    wanted = rank_probes(measured, settings.seed) | memory_probes(measured)
+    return Work(
+        model, tokens, wanted, settings.batch, settings.shard, settings.sink_factor, settings.nonfinite
+    )
 
 
 def build_report(
     settings: Settings,
     out: str | Path,
-    say: Callable[[str], None] = lambda line: None,
+    executor: Executor | None = None,
+    say: Callable[[str], object] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Measure everything and write `out`: run.json, tables/, figures/, report.html.
+    """Measure everything, or what of it is missing, and write `out`: the run folder, tables/, figures/, report.html.
+
+    Returns:
+        The three most telling findings; none where other ranks are still at work.
+
+    Raises:
+        InputError, ModelRefused, MachineError: as load_model, load_corpus and run do.
+    """
+    prepare, facts = partial(work_of, settings), {"settings": asdict(settings)}
+    with run(out, prepare, executor=executor, facts=facts, say=say, progress=progress) as (work, outcome):
+        if outcome is None:
+            return []
+        started = time.perf_counter()
+        _say_skipped(outcome.statistics, say)
+        shared = {"layers": settings.layers, "seed": settings.seed}
+        collecting = {name: getattr(settings, name) for name in ("batch", "sink_factor", "nonfinite")}
+        streamed = shared | collecting | {"statistics": outcome.statistics}
+        for name, measure in (
+            ("hidden_rank", lambda: hidden_rank(work.model, work.tokens, **streamed)),
+            ("memories", lambda: memories(work.model, work.tokens, **streamed)),
+            ("weight_rank", lambda: weight_rank(work.model, **shared)),
+            ("neuron_clusters", lambda: neuron_clusters(work.model, **shared)),
+        ):
+            say(f"measuring {name}")
+            measure().save(Path(out) / "tables" / f"{name}.parquet")
+        about = About(
+            model=describe(work.model),
+            corpus=work.tokens.settings["corpus"],
+            tokens=work.tokens.n,
+            documents=work.tokens.n_documents,
+            seed=settings.seed,
+            command=settings.command(str(out)),
+            seconds=outcome.seconds + time.perf_counter() - started,
+            versions=read_run(out)["machine"]["versions"],
+        )
+        note(out, packing=work.tokens.settings, bit_equal=outcome.bit_equal, about=about)
+        say("drawing the figures and the page")
+        return render_run(out)
+
+
+def render_run(folder: str | Path) -> list[str]:
+    """Draw the figures and the page of a finished run from its folder alone: no model, no corpus.
 
     Returns:
         The three most telling findings.
 
     Raises:
-        InputError, ModelRefused, MachineError: as load_model, load_corpus and the disk do; and InputError
-            where `out` holds the report of another model or of other settings.
+        InputError: the folder is no finished run.
     """
-    started = time.perf_counter()
-    out = make_folder(out)
-    _refuse_other_run(out, settings)
-    say(f"loading {settings.model}")
-    model = load_model(settings.model, say=say)
-    tokenizer = tokenizer_of(model)
-    chosen = {tap.layer for tap in choose_layers(model, settings.layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
-    corpus = load_dataset_corpus(settings.dataset) if settings.dataset else load_corpus(settings.corpus)
-    tokens = pack(corpus, tokenizer, tokens=settings.tokens, seed=settings.seed)
-
-    say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
-    collecting = {"sink_factor": settings.sink_factor}
-    wanted = rank_probes(measured, settings.seed) | memory_probes(measured)
-    statistics = collect(model, tokens, wanted, progress=progress, **collecting)
-
-    shared = {"layers": sorted(chosen), "seed": settings.seed}
-    streamed = shared | collecting | {"statistics": statistics}
-    results: list[Result] = []
-    for name, measure in (
-        ("hidden_rank", lambda: hidden_rank(model, tokens, **streamed)),
-        ("memories", lambda: memories(model, tokens, **streamed)),
-        ("weight_rank", lambda: weight_rank(model, **shared)),
-        ("neuron_clusters", lambda: neuron_clusters(model, **shared)),
-    ):
-        say(f"measuring {name}")
-        results.append(measure())
-
-    say("writing tables, figures and the page")
+    folder = Path(folder)
+    about = read_run(folder).get("about")
+    if about is None:
+        raise InputError(f"{folder} is not finished: give the command that began it again")
+    results = [kind.load(folder / "tables" / f"{kind.name}.parquet") for kind in RESULTS]
     for result in results:
-        result.save(out / "tables" / f"{result.name}.parquet")
-        save_figure(result.plot(), out / "figures" / result.name)
-    versions = {library: version(library) for library in LIBRARIES} | {"python": platform.python_version()}
-    run = {
-        "settings": asdict(settings),
-        "model": describe(model),
-        "corpus": {"name": corpus.name, "sha256": corpus.sha256},
-    }
-    run |= {"packing": tokens.settings, "versions": versions, "threads": torch.get_num_threads()}
-    atomic_write(out / "run.json", lambda file: file.write_text(json.dumps(run, indent=2) + "\n"))
-    about = About(
-        model=describe(model),
-        corpus=corpus.name,
-        tokens=tokens.n,
-        documents=tokens.n_documents,
-        seed=settings.seed,
-        command=settings.command(str(out)),
-        seconds=time.perf_counter() - started,
-        versions=versions,
-    )
-    write_page(out / "report.html", about, results, cards(results[1].rows))
+        save_figure(result.plot(), folder / "figures" / result.name)
+    write_page(folder / "report.html", about, results, cards(results[1].rows))
     return top_findings(results)
+
+
+def _say_skipped(statistics: Mapping[str, Statistic], say: Callable[[str], object]) -> None:
+    for name, statistic in statistics.items():
+        if name.startswith("nonfinite/") and statistic.n:
+            say(f"layer {name.partition('/')[2]}: {statistic.n:,} tokens left out, they hold NaN or Inf")
 
 
 def cards(rows: Sequence[Memory], each: int = CARDS) -> list[NeuronCard]:
@@ -148,18 +175,3 @@ def card(row: Memory) -> NeuronCard:
             "agreement null": row.agrees_shuffled,
         },
     )
-
-
-def _refuse_other_run(out: Path, settings: Settings) -> None:
-    path = out / "run.json"
-    if not path.exists():
-        return
-    try:
-        before = json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a run of ffnprobe: choose another folder with --out") from error
-    now = json.loads(json.dumps(asdict(settings)))
-    if other := [
-        f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
-    ]:
-        raise InputError(f"{out} holds another run ({'; '.join(other)}): choose another folder with --out")
