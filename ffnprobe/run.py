@@ -140,7 +140,7 @@ def _complete(
     paths = [shard_path(folder, shard) for shard in range(len(work.shards()))]
     writer = executor.writer
     while True:
-        missing = _missing(folder, paths)
+        missing = _missing(folder, paths, say)
         counter.start(missing)
         if 0 < len(missing) < len(paths):
             say(f"{len(paths) - len(missing)} of {len(paths)} shards are there: going on")
@@ -199,14 +199,16 @@ def _begin(prepare: Prepare, folder: Path, pilot_sha256: str) -> Maker:
     return Maker(prepare(log.info), folder, pilot_sha256)
 
 
-def _missing(folder: Path, paths: list[Path]) -> list[int]:
-    """Shards that are not finished: no line in the manifest, or another size than it says."""
-    known = manifest.read(folder)
-    return [
-        shard
-        for shard, path in enumerate(paths)
-        if not path.exists() or path.stat().st_size not in {one.bytes for one in known.get(path.name, [])}
-    ]
+def _missing(folder: Path, paths: list[Path], say: Say = lambda line: None) -> list[int]:
+    """Shards that are not finished: no file, no line in the manifest, or another size than it says."""
+    known, missing = manifest.read(folder), []
+    for shard, path in enumerate(paths):
+        there = path.exists()
+        if not there or path.stat().st_size not in {one.bytes for one in known.get(path.name, [])}:
+            missing.append(shard)
+            if there:
+                say(f"{path.name} is not as the manifest says: it is made again")
+    return missing
 
 
 def _machine(work: Work, executor: Executor) -> dict[str, Any]:

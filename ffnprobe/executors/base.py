@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..manifest import Entry
 
@@ -11,6 +11,7 @@ Make = Callable[[int], Entry]  # computes a shard in this process and writes its
 Start = Callable[[], Make]  # picklable: gets a fresh process ready for that
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Shard number -> shard file. Which shard is computed where and when must not matter, and does not."""
 

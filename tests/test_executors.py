@@ -1,0 +1,195 @@
+"""Who computes a shard, and where, does not show in its bytes."""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from runs import Recipe, work_of
+from test_run import SHARDS, go, sha256
+
+from ffnprobe import manifest
+from ffnprobe.errors import InputError, MachineError
+from ffnprobe.executors import Inline, Processes, Rank, executor_of
+from ffnprobe.run import run
+from ffnprobe.shards import Maker
+
+
+@dataclass(frozen=True)
+class Deadly(Recipe):
+    """A worker made from this is killed at its second shard, `lives` times in all."""
+
+    marks: Path
+    lives: int
+
+    def __call__(self, say):
+        made = Maker.__call__
+
+        def make(maker: Maker, shard: int):
+            if shard > 1 and len(list(self.marks.iterdir())) < self.lives:
+                (self.marks / str(os.getpid())).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return made(maker, shard)
+
+        if self.marks.exists():  # in a worker; the parent makes the folder when its own work is ready
+            Maker.__call__ = make
+        return super().__call__(say)
+
+
+@pytest.fixture(scope="module")
+def work(llama):
+    return work_of(llama)
+
+
+@pytest.fixture(scope="module")
+def inline(work, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inline")
+    go(folder, work)
+    return sha256(folder)
+
+
+def processes(folder: Path, recipe, work, executor):
+    """A run on worker processes that starts here with a model that is there already."""
+
+    def prepare(say):
+        raise AssertionError
+
+    said = []
+    with run(folder, recipe, executor=executor, say=said.append) as (_, outcome):
+        return outcome, said
+
+
+def test_processes_give_the_same_bytes_though_a_worker_is_killed(folder_of, inline, tmp_path):
+    marks = tmp_path / "marks"
+    recipe = Deadly(folder_of("llama"), marks, 1)
+
+    class Late(Processes):
+        def __call__(self, *arguments):
+            marks.mkdir()
+            return super().__call__(*arguments)
+
+    with run(tmp_path / "run", recipe, executor=Late(2, 1)) as (_, outcome):
+        assert outcome.bit_equal
+    assert len(list(marks.iterdir())) == 1
+    assert sha256(tmp_path / "run") == inline
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_every_worker_is_given_up(folder_of, tmp_path):
+    marks = tmp_path / "marks"
+
+    class Late(Processes):
+        def __call__(self, *arguments):
+            marks.mkdir()
+            return super().__call__(*arguments)
+
+    recipe = Deadly(folder_of("llama"), marks, 99)
+    with (
+        pytest.raises(MachineError, match="3 workers died over shard 2"),
+        run(tmp_path / "run", recipe, executor=Late(1, 1)),
+    ):
+        pass
+
+
+@dataclass(frozen=True)
+class Refusing(Recipe):
+    parent: int
+
+    def __call__(self, say):
+        if os.getpid() != self.parent:
+            raise InputError("not here: go elsewhere")
+        return super().__call__(say)
+
+
+def test_an_error_in_a_worker_is_the_runs(folder_of, tmp_path):
+    recipe = Refusing(folder_of("llama"), os.getpid())
+    with (
+        pytest.raises(InputError, match="not here"),
+        run(tmp_path / "run", recipe, executor=Processes(1, 1)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_last_rank_adds_up(order, work, inline, tmp_path):
+    outcomes = [go(tmp_path, work, executor=Rank(rank, 3)) for rank in order]
+    assert [outcome is None for outcome, _ in outcomes] == [True, True, False]
+    assert "2 of 4 shards are still out" in outcomes[0][1][-1] or "3 of 4" in outcomes[0][1][-1]
+    assert sha256(tmp_path) == inline
+    names = {path.name for path in tmp_path.glob("MANIFEST*")}
+    assert names == {"MANIFEST-0.jsonl", "MANIFEST-1.jsonl", "MANIFEST-2.jsonl"}
+
+
+def test_ranks_at_the_same_time_give_the_same_bytes(work, inline, tmp_path):
+    children = []
+    for rank in range(3):
+        children.append(os.fork())
+        if not children[-1]:
+            code = 9
+            try:
+                outcome, _ = go(tmp_path, work, executor=Rank(rank, 3))
+                code = 0 if outcome is None else 1
+            finally:
+                os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(codes) == [0, 0, 1]  # one of them has added up
+    assert sha256(tmp_path) == inline
+
+
+def test_what_a_dead_rank_left_out_is_made_inline(work, inline, tmp_path):
+    assert go(tmp_path, work, executor=Rank(1, 2))[0] is None
+    outcome, said = go(tmp_path, work)
+    assert outcome.bit_equal and "2 of 4 shards are there" in said[0]
+    assert sha256(tmp_path) == inline
+    assert len(manifest.read(tmp_path)) == SHARDS + 1
+
+
+def test_a_damaged_shard_of_another_rank_is_made_by_the_last(work, inline, tmp_path):
+    go(tmp_path, work, executor=Rank(1, 2))
+    path = tmp_path / "shards" / "s-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    outcome, said = go(tmp_path, work, executor=Rank(0, 2))
+    assert outcome is not None and any(path.name in line for line in said)
+    assert sha256(tmp_path) == inline
+
+
+def test_ranks_and_others_keep_each_other_out(work, tmp_path):
+    with (
+        run(tmp_path, lambda say: work),
+        pytest.raises(InputError, match="in use by process"),
+    ):
+        go(tmp_path, work, executor=Rank(0, 2))
+    with (
+        run(tmp_path / "r", lambda say: work, executor=Rank(0, 2)),
+        pytest.raises(InputError, match="in use by process"),
+    ):
+        go(tmp_path / "r", work)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"},
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0"},
+        {"RANK": "1", "WORLD_SIZE": "3", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"},  # torchrun within a job
+    ],
+)
+def test_a_launcher_numbers_the_ranks(environment):
+    rank = Rank.from_environment(environment)
+    assert (rank.rank, rank.world, rank.writer) == (1, 3, "-1")
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"RANK": "1"}, {"RANK": "3", "WORLD_SIZE": "3"}, {"RANK": "-1", "WORLD_SIZE": "3"}]
+)
+def test_a_rank_without_a_launcher_is_refused(environment):
+    with pytest.raises(InputError, match="start with torchrun or srun"):
+        Rank.from_environment(environment)
+
+
+def test_executors_have_names():
+    assert isinstance(executor_of("inline"), Inline)
+    assert executor_of("process", 2).workers == 2
+    with pytest.raises(InputError, match="choose from inline, process, rank"):
+        executor_of("spark")
