@@ -2,9 +2,6 @@ from .analyzers import hidden_rank as hidden_rank
 from .analyzers import memories as memories
 from .analyzers import neuron_clusters as neuron_clusters
 from .analyzers import weight_rank as weight_rank
-from .stream import Probe as Probe
-from .stream import capture as capture
-from .stream import collect as collect
 from .corpus import load_corpus as load_corpus
 from .corpus import load_dataset_corpus as load_dataset_corpus
 from .corpus import pack as pack
@@ -13,10 +10,14 @@ from .models import check_model as check_model
 from .models import fetch as fetch
 from .models import ffns as ffns
 from .models import load_model as load_model
+from .models import tokenizer_of as tokenizer_of
 from .result import Result as Result
 from .statistics import Count as Count
 from .statistics import FiringRate as FiringRate
 from .statistics import Moments as Moments
 from .statistics import TopActivations as TopActivations
+from .stream import Probe as Probe
+from .stream import capture as capture
+from .stream import collect as collect
 
 __version__: str

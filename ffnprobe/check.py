@@ -87,9 +87,7 @@ def check(
         ids, fwd_hooks=[(name, _keeping(kept)) for layer in hooks.values() for name, kept in layer.items()]
     )
     floor = 8 * torch.finfo(twin.dtype).eps
-    layers = tuple(
-        _layer(tap, ffn, calls, hooks[ffn.layer], floor) for tap, ffn in zip(taps, ffns, strict=True)
-    )
+    layers = tuple(_layer(tap, ffn, calls, hooks[ffn.layer], floor) for tap, ffn in zip(taps, ffns, strict=True))
     error = relative_error(seen.flatten(0, -2), logits.flatten(0, -2))
     problems = [f"layer {row.layer}: {row.problem}" for row in layers if row.problem]
     if not error < max(floor, TOLERANCE["bridge"]):

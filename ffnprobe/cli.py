@@ -32,18 +32,15 @@ Corpus = Annotated[
 ]
 Dataset = Annotated[str | None, typer.Option(help="A data set of the hub instead.")]
 Seed = Annotated[int, typer.Option(help="Of the document sample and of every null.", min=0)]
-SinkFactor = Annotated[
-    float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)
-]
+SinkFactor = Annotated[float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)]
 
 
 @app.callback()
 def options(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     threads: Annotated[int, typer.Option(help="Threads; all cores by default.", min=0)] = 0,
 ) -> None:
-    context.obj = {"debug": debug}
+    # debug is read in main, which catches what a command raises
     if threads:
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[variable] = str(threads)  # read when torch and numpy are first imported
@@ -85,9 +82,7 @@ def report(
             from .executors import executor_of
 
             chosen = parse_layers(layers)
-            settings = Settings(
-                model, tokens, chosen, corpus, dataset, seed, sink_factor, nonfinite, batch, shard
-            )
+            settings = Settings(model, tokens, chosen, corpus, dataset, seed, sink_factor, nonfinite, batch, shard)
             folder = out or Path("runs") / Path(model).name
             where = executor_of(executor, workers)
             findings = build_report(settings, folder, where, say=show.say, progress=show.step)
@@ -134,9 +129,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A built-in model.")] = "smol
 @app.command()
 def neuron(
     model: Model,
-    name: Annotated[
-        str, typer.Argument(metavar="L.I", help="Layer and neuron, as in 5.123.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="L.I", help="Layer and neuron, as in 5.123.", show_default=False)],
     tokens: Tokens = 16_384,
     corpus: Corpus = None,
     seed: Seed = 0,
@@ -164,16 +157,17 @@ def neuron(
 def main() -> None:
     """Run the command line; an error is one line and an exit code."""
     debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(standalone_mode=False)
+        with _stoppable():
+            app(standalone_mode=False)
     except FFNProbeError as error:
         _fail(str(error), error.exit_code, debug)
     except typer.Abort:
         sys.exit(130)
-    except KeyboardInterrupt as error:
-        code = 143 if isinstance(error, _Terminated) else 130
-        _fail("interrupted: finished shards are kept, and the same command goes on", code, debug=False)
+    except _Stopped as stopped:
+        _fail(
+            "interrupted: a report keeps its finished shards, the same command goes on", stopped.code, debug=False
+        )
     except MemoryError:
         _fail("out of memory: run fewer layers with --layers", 4, debug)
     except Exception as error:
@@ -186,12 +180,24 @@ def main() -> None:
         _fail(f"{type(error).__name__}: {error} (a bug: please report it, with --debug)", 1, debug)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, in the clothes of Ctrl-C: no `except Exception` keeps it."""
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; not a KeyboardInterrupt, which typer turns into a plain return."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

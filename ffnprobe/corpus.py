@@ -91,9 +91,7 @@ def load_corpus(spec: str | Path | None = None) -> Corpus:
     return _corpus(path.name, read(path))
 
 
-def load_dataset_corpus(
-    name: str, split: str = "train", text_field: str = "text", limit: int = 4096
-) -> Corpus:
+def load_dataset_corpus(name: str, split: str = "train", text_field: str = "text", limit: int = 4096) -> Corpus:
     """The first `limit` documents of a data set on the hub; NAME:CONFIG chooses one of its configurations.
 
     Raises:
@@ -105,26 +103,16 @@ def load_dataset_corpus(
 
     repository, _, config = name.partition(":")
     try:
-        HfApi().dataset_info(
-            repository, timeout=10
-        )  # asked first: `datasets` itself retries for half a minute
+        HfApi().dataset_info(repository, timeout=10)  # asked first: `datasets` itself retries for half a minute
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise InputError(
-            f"the hub has no data set {repository!r} for you: check the name or log in"
-        ) from error
-    except (
-        Exception
-    ) as error:  # the hub's client lets the errors of its HTTP library through, whichever that is
-        raise MachineError(
-            f"the hub cannot be reached for data set {repository!r}: give --corpus FILE"
-        ) from error
+        raise InputError(f"the hub has no data set {repository!r} for you: check the name or log in") from error
+    except Exception as error:  # the hub's client lets the errors of its HTTP library through, whichever that is
+        raise MachineError(f"the hub cannot be reached for data set {repository!r}: give --corpus FILE") from error
 
     import datasets
 
     try:
-        rows = list(
-            islice(datasets.load_dataset(repository, config or None, split=split, streaming=True), limit)
-        )
+        rows = list(islice(datasets.load_dataset(repository, config or None, split=split, streaming=True), limit))
     except (ValueError, FileNotFoundError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
@@ -257,9 +245,7 @@ def _cap(sizes: list[int], tokens: int, asked: int) -> int:
 
 def _default() -> Path:
     here = Path(__file__).parent
-    places = [
-        folder / "data" / "probe" / "probe.jsonl" for folder in (here, here.parent)
-    ]  # installed, checkout
+    places = [folder / "data" / "probe" / "probe.jsonl" for folder in (here, here.parent)]  # installed, checkout
     for place in places:
         if place.is_file():
             return place
@@ -317,9 +303,7 @@ def _parquet(path: Path) -> Iterator[Document]:
 
 def _document(value: object, name: str, where: str) -> Document:
     if not isinstance(value, dict):
-        raise InputError(
-            f"corpus {name} {where} is a {type(value).__name__}: give an object with a text field"
-        )
+        raise InputError(f"corpus {name} {where} is a {type(value).__name__}: give an object with a text field")
     text, label = value.get("text"), value.get("label")
     if "text" not in value:
         raise InputError(
@@ -330,6 +314,4 @@ def _document(value: object, name: str, where: str) -> Document:
     # a NUL means a binary file; half a surrogate pair is no character, and no tokenizer takes it
     if torn := re.search("[\0\ud800-\udfff]", text):
         raise InputError(f"corpus {name} {where} holds {torn[0]!a} at character {torn.start()}: is it text?")
-    return Document(
-        text, None if label is None else str(label), str(value.get("source") or f"{name} {where}")
-    )
+    return Document(text, None if label is None else str(label), str(value.get("source") or f"{name} {where}"))

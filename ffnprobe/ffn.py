@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -85,3 +85,14 @@ class FFN:
     def write(self, hidden: Float[Tensor, "*n d_mlp"]) -> Float[Tensor, "*n d_model"]:
         """The output y = sum_i h_i v_i + bias, before any norm or multiplier of the block."""
         return F.linear(hidden, self.values.T, self.bias)
+
+    def randomised(self, seed: int = 0) -> FFN:
+        """The null of this layer: Gaussian rows of the same norms in place of every matrix, biases kept."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def random_rows(matrix: Tensor) -> Tensor:
+            rows = torch.randn(matrix.shape, generator=generator).to(matrix)
+            return rows * (matrix.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True))
+
+        gates = None if self.gates is None else random_rows(self.gates)
+        return replace(self, keys=random_rows(self.keys), values=random_rows(self.values), gates=gates)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .disk import atomic_write
@@ -16,7 +17,7 @@ from .disk import atomic_write
 BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000"
 GREY = "#8A8A8A"  # nulls
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -41,12 +42,17 @@ styled = rc_context(STYLE)  # decorates a `plot`
 
 def new_figure(panels: int, caption: str) -> tuple[Figure, Any]:
     """A row of panels with a caption below, without pyplot's global state."""
-    figure = Figure(figsize=(3.9 * panels, 3.5), layout="constrained")
+    figure = Figure(figsize=(3.9 * panels, 3.9), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     # a model's name may hold anything: a dollar would be mathematics, a control character no SVG
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in caption)
     figure.supxlabel(shown, fontsize=7.5, color="#555555", parse_math=False)
     return figure, axes
+
+
+def legend_below(axes: Axes) -> None:
+    """Below the panel, where it hides no data."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, columnspacing=1.2, handlelength=1.8)
 
 
 def caption(settings: Mapping[str, Any], *more: str) -> str:
@@ -60,10 +66,11 @@ def caption(settings: Mapping[str, Any], *more: str) -> str:
 
 def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
     """Write `stem`.svg and `stem`.png."""
-    return [
-        atomic_write(f"{stem}.{kind}", lambda file, kind=kind: file.write_bytes(draw(figure, kind)))
-        for kind in ("svg", "png")
-    ]
+
+    def write(kind: str) -> Path:
+        return atomic_write(f"{stem}.{kind}", lambda file: file.write_bytes(draw(figure, kind)))
+
+    return [write("svg"), write("png")]
 
 
 @styled

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -27,16 +28,14 @@ def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap
     available = {tap.layer: tap for tap in taps(model)}
     for layer in layers if layers is not None else ():
         if layer not in available:
-            first, last = min(available), max(available)
-            raise InputError(
-                f"layer {layer} is not there: the model's FFNs are in layers {first} to {last}; choose among them"
-            )
+            there = f"{min(available)} to {max(available)}"
+            raise InputError(f"layer {layer} is not there: the FFNs are in layers {there}; choose among them")
     return [tap for layer, tap in available.items() if layers is None or layer in layers]
 
 
 def forward(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_layer: OnLayer) -> None:
     """Run the model up to the last layer chosen and show `on_layer` each of them as it is done."""
-    network = plain(model).base_model  # no logits: nobody asked
+    network: Any = plain(model).base_model  # no logits: nobody asked
     with _hooks(chosen, on_layer), torch.inference_mode(), suppress(_Enough):
         network(input_ids=ids.to(network.device), use_cache=False)
 

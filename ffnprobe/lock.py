@@ -48,9 +48,8 @@ def locked(path: str | Path, *, shared: bool = False, wait: bool = False) -> Ite
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         if not _take(file, kind if wait else kind | fcntl.LOCK_NB):
             file.seek(0)
-            raise InputError(
-                f"{path.parent} is in use by {_holder(file.read())}: wait for it, or choose another folder with --out"
-            )
+            who = _holder(file.read())
+            raise InputError(f"{path.parent} is in use by {who}: wait for it, or choose another folder with --out")
         with suppress(OSError):  # who holds it is a courtesy; a full disk is met by who needs the room
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": platform.node()}))

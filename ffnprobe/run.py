@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 LIBRARIES = ("ffnprobe", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy")
 NOT_EQUAL = "sums agree to 1e-6, not bit for bit"
 
-Say = Callable[[str], object]
+Say = Callable[[str], None]
 Prepare = Callable[[Say], Work]
 
 
@@ -72,7 +72,8 @@ def run(
         ModelRefused: an activation is NaN or Inf.
         MachineError: disk or memory are too small; what is done is kept.
     """
-    folder, executor, facts = make_folder(folder), executor or Inline(), dict(facts or {})
+    folder, facts = make_folder(folder), dict(facts or {})
+    executor = executor or Inline()
     with locked(folder / "lock", shared=bool(executor.writer)) as lock:
         if not executor.writer:
             sweep(folder)
@@ -80,7 +81,7 @@ def run(
         work = prepare(say)
         with _threads(executor.threads):
             with locked(folder / "setup.lock", wait=True):
-                _agree(folder, facts | work.plan(), _machine(work, executor), say)
+                _agree(folder, facts | work.plan(), _circumstances(work, executor), say)
                 pilot_sha256 = _set_up(folder, work, executor, say)
             outcome = _complete(folder, prepare, work, pilot_sha256, executor, lock, say, progress)
         yield work, outcome
@@ -167,14 +168,12 @@ def _complete(
 def _add_up(folder: Path, work: Work, pilot_sha256: str, paths, executor: Executor, say: Say) -> Outcome:
     known = manifest.read(folder)
     merged, made = merge(folder, pilot_sha256, [known[path.name] for path in paths])
-    planned = read_run(folder)["machine"]
-    like_planned = [
-        (one.batch, one.threads, one.torch) == (work.batch, planned["threads"], planned["versions"]["torch"])
-        for one in made
-    ]
+    recorded = read_run(folder)
+    planned = work.batch, recorded["machine"]["threads"], recorded["versions"]["torch"]
+    like_planned = [(one.batch, one.threads, one.torch) == planned for one in made]
     if not all(like_planned):
         say(f"{like_planned.count(False)} shards were made with another batch, threads or torch: {NOT_EQUAL}")
-    return Outcome(merged.starts, all(like_planned), sum(one.seconds for one in made))
+    return Outcome(dict(merged.starts), all(like_planned), sum(one.seconds for one in made))
 
 
 class _Counter:
@@ -211,22 +210,26 @@ def _missing(folder: Path, paths: list[Path], say: Say = lambda line: None) -> l
     return missing
 
 
-def _machine(work: Work, executor: Executor) -> dict[str, Any]:
+def _circumstances(work: Work, executor: Executor) -> dict[str, Any]:
+    """What may differ when a run goes on, at the price of the last bits."""
     return {
-        "threads": executor.threads,
-        "device": plain(work.model).device.type,
-        "processor": platform.machine(),
+        "machine": {
+            "threads": executor.threads,
+            "device": plain(work.model).device.type,
+            "processor": platform.machine(),
+        },
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
 
 
-def _agree(folder: Path, facts: Mapping[str, Any], machine: Mapping[str, Any], say: Say) -> None:
+def _agree(folder: Path, facts: Mapping[str, Any], circumstances: Mapping[str, Any], say: Say) -> None:
     path = folder / "run.json"
     if not path.exists():
-        _write_json(path, {"settings": {}, **facts, "machine": machine})
+        _write_json(path, {"settings": {}, **facts, **circumstances})
         return
     _refuse_another(folder, facts)
-    if changed := _differences(read_run(folder).get("machine"), machine):
+    before = read_run(folder)
+    if changed := _differences({name: before.get(name) for name in circumstances}, circumstances):
         say(f"{'; '.join(changed)}: {NOT_EQUAL}")
 
 
@@ -234,9 +237,7 @@ def _refuse_another(folder: Path, facts: Mapping[str, Any]) -> None:
     if (folder / "run.json").exists():
         before = read_run(folder)
         if other := [line for name in facts for line in _differences(before.get(name), facts[name])]:
-            raise InputError(
-                f"{folder} holds another run ({'; '.join(other)}): choose another folder with --out"
-            )
+            raise InputError(f"{folder} holds another run ({'; '.join(other)}): choose another folder with --out")
 
 
 def _differences(before: Any, now: Any, name: str = "it") -> list[str]:

@@ -152,9 +152,7 @@ def read_pilot(folder: Path, digest: str, device: torch.device | str = "cpu") ->
     """
     tensors, about, _ = read_tensors(folder / PILOT, digest)
     factor = float(tensors.pop("sinks:factor"))
-    layers, residual, hidden = (
-        tensors.pop(f"sinks:{name}").tolist() for name in ("layer", "residual", "hidden")
-    )
+    layers, residual, hidden = (tensors.pop(f"sinks:{name}").tolist() for name in ("layer", "residual", "hidden"))
     sinks = Sinks(factor, dict(zip(layers, residual, strict=True)), dict(zip(layers, hidden, strict=True)))
     for name in about["moved"]:
         tensors[name] = tensors[name].to(device)
@@ -213,7 +211,8 @@ def _moved(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(name for name, tensor in tensors.items() if tensor.device.type != "cpu")
 
 
-def _subclasses(kind: type[Statistic]) -> Iterator[type[Statistic]]:
+def _subclasses(kind: type) -> Iterator[type[Statistic]]:
+    subclass: type[Statistic]
     for subclass in kind.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)

@@ -27,9 +27,7 @@ class Sinks:
     residual: dict[int, float]
     hidden: dict[int, float]
 
-    def find(
-        self, layer: int, residual: Float[Tensor, "n d"], hidden: Float[Tensor, "n w"]
-    ) -> Bool[Tensor, " n"]:
+    def find(self, layer: int, residual: Float[Tensor, "n d"], hidden: Float[Tensor, "n w"]) -> Bool[Tensor, " n"]:
         return (residual.norm(dim=1) > self.residual[layer]) | (hidden.norm(dim=1) > self.hidden[layer])
 
 

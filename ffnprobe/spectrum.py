@@ -150,7 +150,5 @@ def _shares(spectrum: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     clipped = spectrum.double().clamp(min=0)
     total = clipped.sum()
     if not (torch.isfinite(total) and total > 0):
-        raise ValueError(
-            f"a spectrum needs a positive finite sum, got {float(total)}: are all rows the same?"
-        )
+        raise ValueError(f"a spectrum needs a positive finite sum, got {float(total)}: are all rows the same?")
     return clipped / total

@@ -96,7 +96,5 @@ def activations(model: PreTrainedModel, taps: list[Tap], ids: Int[Tensor, "seque
         errors = {name: float((act(z) - h).abs().max()) for name, act in ACTIVATIONS.items()}
         best = min(errors, key=errors.__getitem__)
         tolerance = max(TOLERANCE, 100 * torch.finfo(model.dtype).eps)
-        names.append(
-            best if errors[best] < tolerance else f"unknown (nearest: {best}, off by {errors[best]:.1e})"
-        )
+        names.append(best if errors[best] < tolerance else f"unknown (nearest: {best}, off by {errors[best]:.1e})")
     return names

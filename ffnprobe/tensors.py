@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,7 @@ class Damaged(Exception):
     """A file that is not what was written."""
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
-) -> tuple[int, str]:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> tuple[int, str]:
     """Write a safetensors file; its size in bytes and its sha256.
 
     Raises:
@@ -57,19 +56,17 @@ def write_tensors(
         }
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
+    head = struct.pack("<Q", len(head)) + head
     digest = hashlib.sha256()
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            for part in (
-                struct.pack("<Q", len(head)),
-                head,
-                *map(raw_bytes, (tensors[name] for name in order)),
-            ):
+            parts: Iterator[Any] = chain([head], (raw_bytes(tensors[name]) for name in order))
+            for part in parts:
                 digest.update(part)
                 file.write(part)
 
-    size = 8 + len(head) + end
+    size = len(head) + end
     atomic_write(path, write, size)
     return size, digest.hexdigest()
 
@@ -106,4 +103,4 @@ def read_tensors(path: str | Path, *digests: str) -> tuple[dict[str, Tensor], di
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of any type, uncopied where it lies in order in main memory."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

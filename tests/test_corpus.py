@@ -47,17 +47,13 @@ def corpus() -> Corpus:
 
 
 def of(*texts: str, labels: str | None = None) -> Corpus:
-    return Corpus(
-        "tiny", tuple(Document(text, labels and labels[i], f"tiny {i}") for i, text in enumerate(texts))
-    )
+    return Corpus("tiny", tuple(Document(text, labels and labels[i], f"tiny {i}") for i, text in enumerate(texts)))
 
 
 def spans(packed) -> dict[int, list[int]]:
     """document -> its tokens, separator included, in the order they stand."""
     found: dict[int, list[int]] = {}
-    for document, token in zip(
-        packed.document.flatten().tolist(), packed.ids.flatten().tolist(), strict=True
-    ):
+    for document, token in zip(packed.document.flatten().tolist(), packed.ids.flatten().tolist(), strict=True):
         found.setdefault(document, []).append(token)
     return found
 
@@ -66,9 +62,7 @@ def spans(packed) -> dict[int, list[int]]:
 
 
 def test_tokens_of_a_document_decode_to_the_start_of_its_text(corpus, tokenizer):
-    for i, (separator, *ids) in spans(
-        pack(corpus, tokenizer, tokens=512, length=32, per_document=23)
-    ).items():
+    for i, (separator, *ids) in spans(pack(corpus, tokenizer, tokens=512, length=32, per_document=23)).items():
         assert separator == tokenizer.eos_token_id
         text = tokenizer.decode(ids).rstrip("\ufffd")  # the cap may tear a character
         assert text and corpus.documents[i].text.startswith(text)
@@ -129,9 +123,7 @@ def test_special_are_the_separators_and_ids_0_and_last_count(corpus, tokenizer):
     assert torch.equal(packed.special.flatten(), starts)
     assert packed.settings["separator"] == len(tokenizer) - 1
     assert packed.settings["special"] == packed.special.sum()
-    swapped = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level("<|first|>", "<|last|>"), eos_token="<|first|>"
-    )
+    swapped = PreTrainedTokenizerFast(tokenizer_object=byte_level("<|first|>", "<|last|>"), eos_token="<|first|>")
     packed = pack(corpus, swapped, tokens=320, length=32, per_document=20)
     assert packed.ids[0, 0] == 0 and packed.special[0, 0]
 
@@ -195,9 +187,7 @@ def test_a_context_is_the_text_around_the_token(tokenizer):
         assert near.before + near.token + near.after == "<|last|>" + text
         assert near.token == tokenizer.decode([packed.ids[0, at]])
     near = context(packed, tokenizer, 5, before=2, after=1)
-    assert [near.before, near.after] == [
-        tokenizer.decode(packed.ids[0, s]) for s in (slice(3, 5), slice(6, 7))
-    ]
+    assert [near.before, near.after] == [tokenizer.decode(packed.ids[0, s]) for s in (slice(3, 5), slice(6, 7))]
 
 
 def test_a_context_never_tears_a_character(tokenizer):
@@ -270,9 +260,7 @@ BAD = {
 def test_a_bad_file_is_told_in_one_line(name, tmp_path):
     content, reason = BAD[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(
-        InputError, match=f"corpus .*{re.escape(name)} .*{reason}|{name} .*{reason}"
-    ) as raised:
+    with pytest.raises(InputError, match=f"corpus .*{re.escape(name)} .*{reason}|{name} .*{reason}") as raised:
         load_corpus(tmp_path / name)
     assert "\n" not in str(raised.value)
 
@@ -309,9 +297,7 @@ def test_a_data_set_s_field_split_and_configuration_are_the_callers(monkeypatch)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     corpus = load_dataset_corpus("a/b:small", split="test", text_field="body", limit=2)
-    assert [d.text for d in corpus.documents] == ["a", "b"] and corpus.documents[
-        1
-    ].source == "a/b:small row 1"
+    assert [d.text for d in corpus.documents] == ["a", "b"] and corpus.documents[1].source == "a/b:small row 1"
     assert asked == [(("a/b", "small"), "test")]
     with pytest.raises(InputError, match="row 0 has no text field, only body"):
         load_dataset_corpus("a/b")
@@ -334,6 +320,4 @@ def test_the_default_corpus_is_balanced_and_long_enough_and_nothing_comes_twice(
     assert len(topics) == 11 and set(topics.values()) == {105}
     assert len({d.text for d in documents}) == len({d.source for d in documents}) == len(documents)
     assert min(len(re.findall(r"\w+(?:['’]\w+)?|[^\w\s]+", d.text)) for d in documents) >= 64
-    assert not [
-        d.source for d in documents if re.search(r"  |[_\\\ufffd\u200b]|\* \*|<[a-z/]|\[\d+\]", d.text)
-    ]
+    assert not [d.source for d in documents if re.search(r"  |[_\\\ufffd\u200b]|\* \*|<[a-z/]|\[\d+\]", d.text)]

@@ -1,40 +1,14 @@
 """Who computes a shard, and where, does not show in its bytes."""
 
 import os
-import signal
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from runs import Recipe, work_of
-from test_run import SHARDS, go, sha256
+from runs import SHARDS, Deadly, Refusing, go, sha256, work_of
 
 from ffnprobe import manifest
 from ffnprobe.errors import InputError, MachineError
 from ffnprobe.executors import Inline, Processes, Rank, executor_of
 from ffnprobe.run import run
-from ffnprobe.shards import Maker
-
-
-@dataclass(frozen=True)
-class Deadly(Recipe):
-    """A worker made from this is killed at its second shard, `lives` times in all."""
-
-    marks: Path
-    lives: int
-
-    def __call__(self, say):
-        made = Maker.__call__
-
-        def make(maker: Maker, shard: int):
-            if shard > 1 and len(list(self.marks.iterdir())) < self.lives:
-                (self.marks / str(os.getpid())).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return made(maker, shard)
-
-        if self.marks.exists():  # in a worker; the parent makes the folder when its own work is ready
-            Maker.__call__ = make
-        return super().__call__(say)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +21,6 @@ def inline(work, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inline")
     go(folder, work)
     return sha256(folder)
-
-
-def processes(folder: Path, recipe, work, executor):
-    """A run on worker processes that starts here with a model that is there already."""
-
-    def prepare(say):
-        raise AssertionError
-
-    said = []
-    with run(folder, recipe, executor=executor, say=said.append) as (_, outcome):
-        return outcome, said
 
 
 def test_processes_give_the_same_bytes_though_a_worker_is_killed(folder_of, inline, tmp_path):
@@ -90,16 +53,6 @@ def test_a_shard_that_kills_every_worker_is_given_up(folder_of, tmp_path):
         run(tmp_path / "run", recipe, executor=Late(1, 1)),
     ):
         pass
-
-
-@dataclass(frozen=True)
-class Refusing(Recipe):
-    parent: int
-
-    def __call__(self, say):
-        if os.getpid() != self.parent:
-            raise InputError("not here: go elsewhere")
-        return super().__call__(say)
 
 
 def test_an_error_in_a_worker_is_the_runs(folder_of, tmp_path):

@@ -62,9 +62,7 @@ def test_the_output_is_the_sum_of_its_memories(ffn: FFN, x: torch.Tensor):
 def test_neurons_have_no_order(ffn: FFN, x: torch.Tensor):
     order = torch.randperm(ffn.d_mlp, generator=torch.Generator().manual_seed(2))
     rows = ("keys", "values", "gates", "key_bias", "gate_bias")
-    permuted = replace(
-        ffn, **{name: getattr(ffn, name)[order] for name in rows if getattr(ffn, name) is not None}
-    )
+    permuted = replace(ffn, **{name: getattr(ffn, name)[order] for name in rows if getattr(ffn, name) is not None})
     torch.testing.assert_close(permuted.write(permuted.hidden(x)), ffn.write(ffn.hidden(x)))
     torch.testing.assert_close(permuted.hidden(x), ffn.hidden(x)[..., order])
 

@@ -1,7 +1,6 @@
 """Whatever happens on the way, a run ends with the same bytes."""
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from runs import LENGTH, work_of
+from runs import LENGTH, SHARDS, go, sha256, work_of
 
 import ffnprobe.disk
 import ffnprobe.run
@@ -26,19 +25,7 @@ from ffnprobe.run import read_run, run
 from ffnprobe.shards import MERGED, Maker
 from ffnprobe.stream import collect
 
-SHARDS = 4
 PLACES = ("within a write", "between write and rename", "between rename and manifest", "within the manifest")
-
-
-def sha256(folder: Path, name: str = MERGED) -> str:
-    return hashlib.sha256((folder / name).read_bytes()).hexdigest()
-
-
-def go(folder: Path, work, **options):
-    """The outcome of a run, and what it said."""
-    said: list[str] = []
-    with run(folder, lambda say: work, say=said.append, **options) as (_, outcome):
-        return outcome, said
 
 
 @pytest.fixture(scope="module")

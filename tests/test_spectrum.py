@@ -63,9 +63,7 @@ def test_divergence_is_nought_for_equal_spectra_and_ln_2_for_disjoint_ones():
     one = torch.tensor([3.0, 1.0, 0.0])
     assert sp.spectrum_divergence(one, 10 * one.flip(0)) == pytest.approx(0, abs=1e-12)
     # one direction against a flat spectrum of d tends to ln 2
-    assert sp.spectrum_divergence(torch.eye(10_000)[0], torch.ones(10_000)) == pytest.approx(
-        math.log(2), rel=2e-3
-    )
+    assert sp.spectrum_divergence(torch.eye(10_000)[0], torch.ones(10_000)) == pytest.approx(math.log(2), rel=2e-3)
 
 
 def test_a_zero_or_nan_spectrum_is_refused():
@@ -127,7 +125,7 @@ def test_debiased_participation_ratio_is_the_brute_force_over_distinct_tokens():
             for k in range(7):
                 for m in range(7):
                     if len({i, j, k, m}) == 4:
-                        # u and v are independent differences: E (u.u)(v.v) and E (u.v)^2 are tr(C)^2 and tr(C^2)
+                        # independent differences: E (u.u)(v.v) and E (u.v)^2 are tr(C)^2, tr(C^2)
                         u, v = x[i] - x[j], x[k] - x[m]
                         top += float((u @ u) * (v @ v))
                         bottom += float((u @ v) ** 2)

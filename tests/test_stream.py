@@ -53,17 +53,12 @@ def test_the_stream_covers_each_token_once_and_in_order(gpt2):
 def test_collect_sees_what_capture_shows(model):
     tokens = tokens_of(model)
     probes = {
-        f"{layer}/{site}": Probe(layer, site, Moments.about)
-        for layer in (0, 1)
-        for site in ("in", "post", "out")
+        f"{layer}/{site}": Probe(layer, site, Moments.about) for layer in (0, 1) for site in ("in", "post", "out")
     }
     found = collect(model, tokens, probes, batch=2)
     for name, probe in probes.items():
         rows = torch.cat(
-            [
-                b[probe.layer].sites[probe.site][b[probe.layer].kept]
-                for b in capture(model, tokens, [probe.site])
-            ]
+            [b[probe.layer].sites[probe.site][b[probe.layer].kept] for b in capture(model, tokens, [probe.site])]
         )
         assert found[name].n == len(rows) > 0
         assert torch.allclose(found[name].compute().mean, rows.double().mean(0), atol=1e-5)
@@ -88,9 +83,7 @@ def test_kinds_and_halves_split_the_tokens(gpt2):
 
 def test_halves_take_every_other_document(gpt2):
     tokens = tokens_of(gpt2)
-    probes = {
-        f"{half}": Probe(0, "post", lambda x: TopActivations.about(x, k=80), half=half) for half in (0, 1)
-    }
+    probes = {f"{half}": Probe(0, "post", lambda x: TopActivations.about(x, k=80), half=half) for half in (0, 1)}
     found = collect(gpt2, tokens, probes, sink_factor=math.inf)
     for half in (0, 1):
         at = found[f"{half}"].compute().at
@@ -152,8 +145,6 @@ def test_what_is_not_there_is_said(gpt2):
 
 def test_batches_of_any_size_give_the_same_sums(llama):
     tokens = tokens_of(llama)
-    one, other = (
-        collect(llama, tokens, {"h": Probe(1, "post", Moments.about)}, batch=b)["h"] for b in (1, 5)
-    )
+    one, other = (collect(llama, tokens, {"h": Probe(1, "post", Moments.about)}, batch=b)["h"] for b in (1, 5))
     assert one.n == other.n
     assert torch.allclose(one.compute().centred, other.compute().centred, rtol=1e-5, atol=1e-6)

@@ -61,9 +61,7 @@ def austen(package: Path) -> Iterator[list[Line]]:
         novel = re.split(r"^(?:THE END|FINIS|A NOTE ON THE TEXT)$", "\n".join(lines), flags=re.M | re.I)[0]
         chapters = re.split(r"^(?:CHAPTER|VOLUME)\b.*$", novel, flags=re.M | re.I)[1:]
         joined = (re.sub(r"(?<!\n)\n(?!\n)", " ", chapter.replace("_", "")) for chapter in chapters)
-        hers = (
-            re.sub(r"^.*[*\[].*$", "", chapter, flags=re.M) for chapter in joined
-        )  # the rest is an editor's
+        hers = (re.sub(r"^.*[*\[].*$", "", chapter, flags=re.M) for chapter in joined)  # the rest is an editor's
         yield choose(passages(hers, "Austen", f"Jane Austen: {title}"), PER_NOVEL)
 
 
@@ -127,9 +125,7 @@ def choose(lines: Iterable[Line], count: int) -> list[Line]:
     fit = [line for line in lines if words(line["text"]) >= SHORTEST and len(line["text"]) <= LONGEST]
     if len(fit) < count:
         raise ValueError(f"{count} documents wanted of {fit[:1]} and its like, {len(fit)} found")
-    chosen = sorted(fit, key=lambda line: hashlib.sha256(f"{SEED} {line['source']}".encode()).digest())[
-        :count
-    ]
+    chosen = sorted(fit, key=lambda line: hashlib.sha256(f"{SEED} {line['source']}".encode()).digest())[:count]
     return sorted(chosen, key=lambda line: line["source"])
 
 
@@ -176,9 +172,7 @@ def build(folder: Path) -> list[str]:
         return missing
     lines = [line for name, _, _, read in SOURCES for group in read(folder / name) for line in group]
     starts = [re.sub(r"\W+", "", line["text"].lower())[:60] for line in lines]
-    unique = dict(
-        zip(reversed(starts), reversed(lines), strict=True)
-    )  # of two that start alike, the first stays
+    unique = dict(zip(reversed(starts), reversed(lines), strict=True))  # of two that start alike, the first stays
     kept = [line for start, line in zip(starts, lines, strict=True) if unique[start] is line]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
     OUTPUT.write_bytes(text.encode("utf-8"))

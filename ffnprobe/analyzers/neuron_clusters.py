@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import median
 from typing import ClassVar
 
 import numpy as np
@@ -14,12 +15,12 @@ from matplotlib.figure import Figure
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from torch import Tensor
 
-from ..stream import choose_layers
 from ..clustering import spherical_kmeans
 from ..ffn import FFN
-from ..figure import BLUE, GREEN, GREY, ORANGE, caption, new_figure, styled
+from ..figure import BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
 from ..models import Model, describe, ffns
 from ..result import Result, column
+from ..stream import choose_layers
 
 MARK = {"keys": ("o-", BLUE), "gates": ("^-", ORANGE), "values": ("s-", GREEN)}
 
@@ -27,11 +28,9 @@ MARK = {"keys": ("o-", BLUE), "gates": ("^-", ORANGE), "values": ("s-", GREEN)}
 @dataclass(frozen=True)
 class Row:
     layer: int = column("", "layer")
-    view: str = column("", "what is clustered: keys, gates or values of the layer's neurons")
+    view: str = column("", "keys, gates or values of the layer's neurons")
     clusters: int = column("clusters", "clusters asked for")
-    signed: bool = column(
-        "", "by cosine; false: by |cosine|, where a sign is a gauge (keys and values of gated FFNs)"
-    )
+    signed: bool = column("", "by cosine; no: by |cosine|, where a sign is a gauge (keys, values of gated FFNs)")
     stability: float = column(
         "ARI", "agreement of clusterings from different seeds, mean over pairs: 0 chance, 1 equal"
     )
@@ -42,7 +41,7 @@ class Row:
     agreement_with_values: float | None = column(
         "AMI", "agreement with the clusters of the values: 0 chance, 1 equal"
     )
-    agreement_permuted: float | None = column("AMI", "largest agreement over random pairings of the neurons")
+    agreement_permuted: float | None = column("AMI", "largest agreement over random pairings")
     permutations: int = column("draws", "random pairings drawn")
 
 
@@ -50,40 +49,40 @@ class Row:
 class NeuronClusters(Result):
     name: ClassVar[str] = "neuron_clusters"
     question: ClassVar[str] = "Do neurons form groups, and do neurons that read alike write alike?"
-    Row: ClassVar[type] = Row
+    row_type: ClassVar[type] = Row
 
     def view(self, view: str) -> list[Row]:
         """The rows of one view, in the order of the layers."""
         return [row for row in self.rows if row.view == view]
 
     def findings(self) -> list[str]:
-        stable = ", ".join(
-            f"{view} {_median([row.stability for row in rows]):.2f} (Gaussian {_median([row.stability_null for row in rows]):.2f})"
+        reading = self.view("gates") or self.view("keys")
+        first, n = reading[0], len(reading)
+        pairs = [(row.agreement_with_values or 0.0, row.agreement_permuted or 0.0) for row in reading]
+        agreement = median(found for found, _ in pairs)
+        above = sum(found > permuted for found, permuted in pairs)
+        stable = (
+            f"{view} {median(row.stability for row in rows):.2f} (Gaussian "
+            f"{median(row.stability_null for row in rows):.2f})"
             for view in MARK
             if (rows := self.view(view))
         )
-        reading = self.view("gates") or self.view("keys")
-        above = sum(row.agreement_with_values > row.agreement_permuted for row in reading)
         return [
-            f"Clusters of {reading[0].view} and of values agree (AMI) at {_median([row.agreement_with_values for row in reading]):.3f} "
-            f"in the median layer, above the best of {reading[0].permutations} random pairings in {above} of {len(reading)} layers.",
-            f"Stability over seeds (ARI, median layer, {reading[0].clusters} clusters): {stable}.",
+            f"Clusters of {first.view} and of values agree (AMI) at {agreement:.3f} in the median layer, above "
+            f"the best of {first.permutations} random pairings in {above} of {n} layers.",
+            f"Stability over seeds (ARI, median layer, {first.clusters} clusters): {', '.join(stable)}.",
         ]
 
     @styled
     def plot(self) -> Figure:
-        figure, (stable, agree) = new_figure(
-            2, caption(self.settings, f"{self.settings['clusters']} clusters")
-        )
+        figure, (stable, agree) = new_figure(2, caption(self.settings, f"{self.settings['clusters']} clusters"))
         for view, (mark, colour) in MARK.items():
             rows = self.view(view)
             if not rows:
                 continue
             layers = [row.layer for row in rows]
             stable.plot(layers, [row.stability for row in rows], mark, color=colour, label=view)
-            stable.plot(
-                layers, [row.stability_null for row in rows], "--", color=colour, alpha=0.45, linewidth=1
-            )
+            stable.plot(layers, [row.stability_null for row in rows], "--", color=colour, alpha=0.45, linewidth=1)
             if view != "values":
                 agree.plot(
                     layers,
@@ -103,8 +102,8 @@ class NeuronClusters(Result):
             ylim=(min(0, stable.get_ylim()[0]), 1),
         )
         agree.set(title="Read alike, write alike?", xlabel="layer", ylabel="adjusted mutual information")
-        for axis in (stable, agree):
-            axis.legend()
+        for axes in (stable, agree):
+            legend_below(axes)
         return figure
 
 
@@ -136,9 +135,7 @@ def neuron_clusters(
         row
         for ffn in ffns(model)
         if ffn.layer in chosen
-        for row in _layer_rows(
-            ffn, min(clusters, max(2, ffn.d_mlp // 4)), range(seed, seed + seeds), permutations
-        )
+        for row in _layer_rows(ffn, min(clusters, max(2, ffn.d_mlp // 4)), range(seed, seed + seeds), permutations)
     ]
     settings = {"clusters": clusters, "seeds": seeds, "permutations": permutations, "seed": seed}
     return NeuronClusters(rows, {"model": describe(model)["name"], "weights": "raw", **settings})
@@ -159,8 +156,8 @@ def _cluster(rows: Float[Tensor, "n d"], clusters: int, seeds: Sequence[int], si
 
 
 def _layer_rows(ffn: FFN, clusters: int, seeds: Sequence[int], permutations: int) -> list[Row]:
-    views = {"keys": ffn.keys, "gates": ffn.gates, "values": ffn.values}
-    views = {view: rows.detach().float().cpu() for view, rows in views.items() if rows is not None}
+    matrices = {"keys": ffn.keys, "gates": ffn.gates, "values": ffn.values}
+    views = {view: rows.detach().float().cpu() for view, rows in matrices.items() if rows is not None}
     signed = {view: view == "gates" or not ffn.gated for view in views}
     found = {view: _cluster(rows, clusters, seeds, signed[view]) for view, rows in views.items()}
     generator = torch.Generator().manual_seed(seeds[0])
@@ -191,7 +188,3 @@ def _layer_rows(ffn: FFN, clusters: int, seeds: Sequence[int], permutations: int
 
 def _agreement(clustering: _Clustering, labels: np.ndarray) -> float:
     return float(adjusted_mutual_info_score(clustering.labels.numpy(), labels))
-
-
-def _median(values: list[float]) -> float:
-    return float(np.median(values))

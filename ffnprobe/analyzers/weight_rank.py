@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import spectrum as sp
-from ..stream import choose_layers
 from ..ffn import FFN
-from ..figure import BLUE, GREEN, GREY, ORANGE, caption, new_figure, styled
+from ..figure import BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
 from ..models import Model, describe, ffns
 from ..result import Result, column
+from ..stream import choose_layers
 
 MARK = {"keys": ("o-", BLUE), "gates": ("^-", ORANGE), "values": ("s-", GREEN)}
 
@@ -27,24 +27,17 @@ class Row:
     matrix: str = column("", "keys: up-projection rows, gates: gate rows, values: down-projection rows")
     neurons: int = column("rows", "neurons, d_mlp")
     dimensions: int = column("columns", "d_model")
-    soft_rank: float = column(
-        "directions", "exp of the entropy of the normalised eigenvalues of the Gram matrix"
-    )
-    soft_rank_null: float = column(
-        "directions", "soft rank of Gaussian rows with the same norms, mean over draws"
-    )
+    soft_rank: float = column("directions", "exp of the entropy of the normalised eigenvalues of the Gram matrix")
+    soft_rank_null: float = column("directions", "soft rank of Gaussian rows with the same norms, mean over draws")
     soft_rank_null_sd: float = column("directions", "standard deviation of the null over draws")
     participation_ratio: float = column("directions", "(sum l)^2 / sum l^2 of those eigenvalues")
     participation_ratio_null: float = column("directions", "participation ratio of the null, mean over draws")
-    erank_rv: float = column(
-        "directions", "exp of the entropy of the normalised singular values (Roy & Vetterli)"
-    )
+    erank_rv: float = column("directions", "exp of the entropy of the normalised singular values (Roy & Vetterli)")
     erank_rv_null: float = column("directions", "effective rank of the null, mean over draws")
     stable_rank: float = column("directions", "sum l / max l")
     stable_rank_null: float = column("directions", "stable rank of the null, mean over draws")
     spikes: int = column(
-        "directions",
-        "eigenvalues above the noise edge: the largest one after shuffling each row's entries, plus its 99.9% fluctuation",
+        "directions", "eigenvalues above the noise edge: the largest of shuffled rows and 99.9% of its play"
     )
     norm_mean: float = column("", "mean norm of a row")
     norm_cv: float = column("", "standard deviation of the row norms over their mean")
@@ -54,7 +47,7 @@ class Row:
 class WeightRank(Result):
     name: ClassVar[str] = "weight_rank"
     question: ClassVar[str] = "How many directions do the keys read and the values write?"
-    Row: ClassVar[type] = Row
+    row_type: ClassVar[type] = Row
 
     def matrix(self, matrix: str) -> list[Row]:
         """The rows of one matrix, in the order of the layers."""
@@ -87,32 +80,24 @@ class WeightRank(Result):
             if not rows:
                 continue
             layers = [row.layer for row in rows]
-            rank.plot(
-                layers, [row.soft_rank / row.dimensions for row in rows], mark, color=colour, label=matrix
-            )
-            spikes.plot(
-                layers, [row.spikes / row.dimensions for row in rows], mark, color=colour, label=matrix
-            )
+            rank.plot(layers, [row.soft_rank / row.dimensions for row in rows], mark, color=colour, label=matrix)
+            spikes.plot(layers, [row.spikes / row.dimensions for row in rows], mark, color=colour, label=matrix)
         rows = self.matrix("keys")
         null = [row.soft_rank_null / row.dimensions for row in rows]
         rank.plot([row.layer for row in rows], null, "--", color=GREY, label="Gaussian rows, same norms")
-        rank.set(
-            title="Directions of the weights", xlabel="layer", ylabel="soft rank / d_model", ylim=(0, 1.02)
-        )
+        rank.set(title="Directions of the weights", xlabel="layer", ylabel="soft rank / d_model", ylim=(0, 1.02))
         spikes.set(
             title="Directions above shuffled rows",
             xlabel="layer",
             ylabel="directions / d_model",
             ylim=(0, None),
         )
-        rank.legend()
-        spikes.legend()
+        legend_below(rank)
+        legend_below(spikes)
         return figure
 
 
-def weight_rank(
-    model: Model, *, layers: Sequence[int] | None = None, draws: int = 3, seed: int = 0
-) -> WeightRank:
+def weight_rank(model: Model, *, layers: Sequence[int] | None = None, draws: int = 3, seed: int = 0) -> WeightRank:
     """Ranks of every layer's keys, gates and values (raw weights) beside Gaussian rows of the same norms.
 
     Args:
@@ -131,9 +116,7 @@ def weight_rank(
         for matrix, rows in (("keys", ffn.keys), ("gates", ffn.gates), ("values", ffn.values))
         if rows is not None
     ]
-    return WeightRank(
-        rows, {"model": describe(model)["name"], "weights": "raw", "draws": draws, "seed": seed}
-    )
+    return WeightRank(rows, {"model": describe(model)["name"], "weights": "raw", "draws": draws, "seed": seed})
 
 
 def _row(ffn: FFN, matrix: str, rows: Float[Tensor, "n d"], draws: int, generator: torch.Generator) -> Row:
@@ -167,7 +150,7 @@ def _row(ffn: FFN, matrix: str, rows: Float[Tensor, "n d"], draws: int, generato
 
 
 def _edge_width(rows: Float[Tensor, "n d"]) -> float:
-    """How far above another draw the largest eigenvalue of pure noise comes once in a thousand (Johnstone 2001)."""
+    """How far above its mean the largest eigenvalue of noise comes once in a thousand (Johnstone 2001)."""
     n, d = rows.shape
     scale = (n**0.5 + d**0.5) * (n**-0.5 + d**-0.5) ** (1 / 3) * float(rows.square().mean())
     return 4.5 * scale  # Tracy-Widom: mean -1.2, 99.9% quantile 3.3

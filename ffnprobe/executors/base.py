@@ -15,7 +15,9 @@ Start = Callable[[], Make]  # picklable: gets a fresh process ready for that
 class Executor(Protocol):
     """Shard number -> shard file. Which shard is computed where and when must not matter, and does not."""
 
-    threads: int  # a worker's; the bits of a sum depend on it
+    @property
+    def threads(self) -> int:
+        """A worker's: the last bits of a sum depend on it."""
 
     @property
     def writer(self) -> str:

@@ -9,9 +9,11 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import cast
 
 import torch
 
@@ -42,7 +44,7 @@ class Processes:
                 while queue and len(busy) < self.workers:
                     connection, worker = self._spawn(start)
                     busy[connection] = worker, _give(connection, queue)
-                for connection in wait(list(busy)):
+                for connection in cast(list[Connection], wait(list(busy))):
                     worker, shard = busy.pop(connection)
                     try:
                         answer = connection.recv()
@@ -51,8 +53,8 @@ class Processes:
                         deaths[shard] += 1
                         if deaths[shard] == DEATHS:
                             raise MachineError(
-                                f"{DEATHS} workers died over shard {shard} (exit {worker.exitcode}; -9 is memory): "
-                                "use fewer --workers; the same command goes on"
+                                f"{DEATHS} workers died over shard {shard} (exit {worker.exitcode}): "
+                                "use fewer --workers, and the same command goes on"
                             ) from None
                         queue.insert(0, shard)
                         continue
@@ -80,17 +82,13 @@ class Processes:
 
 def _give(connection: Connection, queue: list[int]) -> int:
     shard = queue.pop(0)
-    try:
+    with suppress(OSError):  # it has died: its end of the pipe says so to who waits for the answer
         connection.send(shard)
-    except OSError:
-        pass  # it has died: its end of the pipe says so to who waits for the answer
     return shard
 
 
 def _work(connection: Connection, start: Start, threads: int) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group: the parent ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:

@@ -36,9 +36,7 @@ class Rank:
                 continue
             numbers = environment[rank], environment[world], environment.get(local, "0")
             if not all(number.isdecimal() for number in numbers) or int(numbers[0]) >= int(numbers[1]):
-                raise InputError(
-                    f"{rank}={numbers[0]!r} of {world}={numbers[1]!r}: start with torchrun or srun"
-                )
+                raise InputError(f"{rank}={numbers[0]!r} of {world}={numbers[1]!r}: start with torchrun or srun")
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(numbers[2]) % torch.cuda.device_count())
             return cls(int(numbers[0]), int(numbers[1]))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
 from ..analyzers.hidden_rank import HiddenRank
@@ -61,7 +62,7 @@ class Settings:
         return " ".join(["ffnprobe report", self.model, *options, f"--out {out}"])
 
 
-def work_of(settings: Settings, say: Callable[[str], object]) -> Work:
+def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     """Load the model and the tokens, and list what all analyzers want of one pass."""
     say(f"loading {settings.model}")
     model = load_model(settings.model, say=say)
@@ -71,19 +72,17 @@ def work_of(settings: Settings, say: Callable[[str], object]) -> Work:
     tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, seed=settings.seed)
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
     wanted = rank_probes(measured, settings.seed) | memory_probes(measured)
-    return Work(
-        model, tokens, wanted, settings.batch, settings.shard, settings.sink_factor, settings.nonfinite
-    )
+    return Work(model, tokens, wanted, settings.batch, settings.shard, settings.sink_factor, settings.nonfinite)
 
 
 def build_report(
     settings: Settings,
     out: str | Path,
     executor: Executor | None = None,
-    say: Callable[[str], object] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Measure everything, or what of it is missing, and write `out`: the run folder, tables/, figures/, report.html.
+    """Measure what is missing of everything, and write `out`: the run, tables/, figures/ and report.html.
 
     Returns:
         The three most telling findings; none where other ranks are still at work.
@@ -97,8 +96,10 @@ def build_report(
             return []
         started = time.perf_counter()
         _say_skipped(outcome.statistics, say)
-        shared = {"layers": settings.layers, "seed": settings.seed}
-        collecting = {name: getattr(settings, name) for name in ("batch", "sink_factor", "nonfinite")}
+        shared: dict[str, Any] = {"layers": settings.layers, "seed": settings.seed}
+        collecting: dict[str, Any] = {
+            name: getattr(settings, name) for name in ("batch", "sink_factor", "nonfinite")
+        }
         streamed = shared | collecting | {"statistics": outcome.statistics}
         for name, measure in (
             ("hidden_rank", lambda: hidden_rank(work.model, work.tokens, **streamed)),
@@ -116,7 +117,7 @@ def build_report(
             seed=settings.seed,
             command=settings.command(str(out)),
             seconds=outcome.seconds + time.perf_counter() - started,
-            versions=read_run(out)["machine"]["versions"],
+            versions=read_run(out)["versions"],
         )
         note(out, packing=work.tokens.settings, bit_equal=outcome.bit_equal, about=about)
         say("drawing the figures and the page")
@@ -143,7 +144,7 @@ def render_run(folder: str | Path) -> list[str]:
     return top_findings(results)
 
 
-def _say_skipped(statistics: Mapping[str, Statistic], say: Callable[[str], object]) -> None:
+def _say_skipped(statistics: Mapping[str, Statistic], say: Callable[[str], None]) -> None:
     for name, statistic in statistics.items():
         if name.startswith("nonfinite/") and statistic.n:
             say(f"layer {name.partition('/')[2]}: {statistic.n:,} tokens left out, they hold NaN or Inf")

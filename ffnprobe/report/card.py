@@ -64,7 +64,5 @@ def card_text(card: NeuronCard) -> RenderableType:
         numbers.add_row(*map(Text, line))
 
     title = Text(f"neuron {card.name}", style="bold")
-    fires = (
-        contexts if card.contexts else Text("no context: it never fired on an ordinary token", style="dim")
-    )
+    fires = contexts if card.contexts else Text("no context: it never fired on an ordinary token", style="dim")
     return Group(title, Text(), fires, Text(), tokens, Text(), numbers)

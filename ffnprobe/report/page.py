@@ -84,7 +84,7 @@ def _section(result: Result) -> dict[str, Any]:
     findings, figure = result.findings(), result.plot()
     short = len(result.rows) <= LONGEST_TABLE
     columns = []
-    for f in fields(result.Row):
+    for f in fields(result.row_type):
         values = [getattr(row, f.name) for row in result.rows] if short else []
         text = any(isinstance(value, str) for value in values)
         columns.append({**f.metadata, "name": f.name, "text": text, "cells": show_column(values)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from einops import einsum
@@ -120,4 +121,4 @@ class Moments(Statistic):
 
 def _panels(d: int) -> Iterator[tuple[int, int]]:
     edges = [round(d * i / PANELS) for i in range(PANELS + 1)]
-    return ((start, stop) for start, stop in zip(edges, edges[1:], strict=False) if stop > start)
+    return ((start, stop) for start, stop in pairwise(edges) if stop > start)

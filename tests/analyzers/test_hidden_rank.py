@@ -6,7 +6,7 @@ import torch
 
 from ffnprobe import hidden_rank
 from ffnprobe import spectrum as sp
-from ffnprobe.analyzers.hidden_rank import HiddenRank, Row, randomised
+from ffnprobe.analyzers.hidden_rank import HiddenRank, Row
 from ffnprobe.errors import InputError
 from ffnprobe.models import ffns
 from ffnprobe.stream import capture
@@ -66,7 +66,7 @@ def test_the_null_is_the_ranks_of_the_same_layer_with_random_weights(model, toke
     text = tokens(model)
     result = hidden_rank(model, text, layers=[1], seed=3)
     layer = ffns(model)[1]
-    null = randomised(layer, 3)
+    null = layer.randomised(3)
     x, h = (rows_at(model, text, 1, site) for site in ("in", "post"))
     expected = {
         "post": null.hidden(x.float()).double(),
@@ -79,7 +79,7 @@ def test_the_null_is_the_ranks_of_the_same_layer_with_random_weights(model, toke
 
 def test_the_null_keeps_the_norm_of_every_row_and_nothing_else(model):
     layer = ffns(model)[0]
-    null = randomised(layer, 0)
+    null = layer.randomised(0)
     for trained, random in ((layer.keys, null.keys), (layer.values, null.values), (layer.gates, null.gates)):
         if trained is not None:
             assert torch.allclose(trained.norm(dim=1), random.norm(dim=1), rtol=1e-5)
@@ -158,7 +158,16 @@ def row(layer: int, site: str, soft: float, null: float, spread: float = 1.0) ->
 def test_the_verdict_on_expansion_follows_its_rule(hidden, null, verdict):
     rows = [
         row(layer, site, soft, null)
-        for layer in range(3)
+        for layer in range(6)
         for site, soft in (("in", 10.0), ("post", hidden), ("out", 9.0))
     ]
     assert HiddenRank(rows, {}).verdicts()[0].verdict == verdict
+
+
+def test_the_verdict_needs_more_than_a_bare_majority():
+    sites = [("in", 10.0, 1.0), ("out", 9.0, 1.0)]
+    rows = [
+        row(layer, *site) for layer in range(30) for site in (*sites, ("post", 20.0, 15.0 if layer < 16 else 30.0))
+    ]
+    assert HiddenRank(rows, {}).verdicts()[0].verdict == "mixed"
+    assert HiddenRank(rows[:9], {}).verdicts() == []  # of three layers nothing is said

@@ -40,9 +40,7 @@ def test_values_are_read_through_the_folded_unembedding(gpt2, tokens):
 def test_chunks_of_values_change_nothing(gpt2):
     values, vocabulary = ffns(gpt2)[0].values, unembedding(gpt2)
     whole = read_values(values, vocabulary, 3)
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole, read_values(values, vocabulary, 3, held=1), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, read_values(values, vocabulary, 3, held=1), strict=True))
 
 
 def test_values_that_write_the_next_token_agree_and_shuffled_ones_do_not(planted, model_of, tokens):
@@ -94,9 +92,7 @@ def test_a_gated_neuron_with_key_and_value_negated_reads_the_same(planted, model
 
     one, other = model_of("llama"), planted("llama", negate)
     text = tokens(one)
-    for a, b in zip(
-        memories(one, text, layers=[1]).rows, memories(other, text, layers=[1]).rows, strict=True
-    ):
+    for a, b in zip(memories(one, text, layers=[1]).rows, memories(other, text, layers=[1]).rows, strict=True):
         assert (a.promotes, a.suppresses, a.agrees, a.next_token) == (
             b.promotes,
             b.suppresses,

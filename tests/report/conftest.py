@@ -27,7 +27,7 @@ class RankRow:
 class HiddenRank(Result):
     name: ClassVar[str] = "hidden_rank"
     question: ClassVar[str] = "How many dimensions are in use before, inside and after the FFN?"
-    Row: ClassVar[type] = RankRow
+    row_type: ClassVar[type] = RankRow
 
     def findings(self) -> list[str]:
         return [
@@ -38,12 +38,8 @@ class HiddenRank(Result):
     def verdicts(self) -> list[Verdict]:
         rule = "The median rank of h exceeds that of x, and the random features' too."
         return [
-            Verdict(
-                2, rule, "h 212 | x 96 | random features 301", "mixed", "Random features expand as well."
-            ),
-            Verdict(
-                3, "y has fewer dimensions than h.", "y 88 | h 212", "supported", "Any contraction does."
-            ),
+            Verdict(2, rule, "h 212 | x 96 | random features 301", "mixed", "Random features expand as well."),
+            Verdict(3, "y has fewer dimensions than h.", "y 88 | h 212", "supported", "Any contraction does."),
         ]
 
     def plot(self) -> Figure:
@@ -68,16 +64,14 @@ class MemoryRow:
 class Memories(Result):
     name: ClassVar[str] = "memories"
     question: ClassVar[str] = "Does a value promote the token that follows its key's trigger?"
-    Row: ClassVar[type] = MemoryRow
+    row_type: ClassVar[type] = MemoryRow
 
     def findings(self) -> list[str]:
         return ["3.1% of values promote the next token of their trigger (shuffled: 0.2%)."]
 
     def verdicts(self) -> list[Verdict]:
         return [
-            Verdict(
-                4, "Agreement exceeds shuffled.", "3.1% | 0.2%", "not supported", "Sinks retrieve no text."
-            )
+            Verdict(4, "Agreement exceeds shuffled.", "3.1% | 0.2%", "not supported", "Sinks retrieve no text.")
         ]
 
     def plot(self) -> Figure:
@@ -102,9 +96,7 @@ def about() -> About:
 @pytest.fixture
 def results() -> list[Result]:
     ranks = tuple(
-        RankRow(
-            layer, site, scale * (40 + layer), 1.2 * scale * 40 if site == "h" else None, scale * 99.0, 64
-        )
+        RankRow(layer, site, scale * (40 + layer), 1.2 * scale * 40 if site == "h" else None, scale * 99.0, 64)
         for layer in range(30)
         for site, scale in (("x", 2.0), ("h", 4.5), ("y", 1.8))
     )
@@ -168,9 +160,7 @@ def dressed(about: About, results: list[Result]) -> Callable[[str], Arguments]:
         model = about["model"] | {"name": text, "architecture": text, "note": text}
         outside = {"corpus": text, "command": text, "versions": {text: text}}
         settings = {"model": text, f"{text}.": [text, {text: text}]}
-        card = NeuronCard(
-            3, 1, ((text, text, text, 1.0),), (text,), (text,), {text: 1.0, f"{text} null": 2.0}
-        )
+        card = NeuronCard(3, 1, ((text, text, text, 1.0),), (text,), (text,), {text: 1.0, f"{text} null": 2.0})
         return (
             About(**about | outside | {"model": model}),
             [HiddenRank(results[0].rows[:6], settings)],

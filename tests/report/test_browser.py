@@ -36,9 +36,7 @@ def test_a_link_opens_its_neuron(opened, about, results, neurons):
     assert not console
 
 
-@pytest.mark.parametrize(
-    "hash", ["#99.1", "#5.1535.1", "#<img src=x onerror=alert(1)>", "#__proto__", "#5.-1"]
-)
+@pytest.mark.parametrize("hash", ["#99.1", "#5.1535.1", "#<img src=x onerror=alert(1)>", "#__proto__", "#5.-1"])
 def test_a_link_to_no_neuron_shows_the_first(opened, about, results, neurons, hash):
     document, console = opened((about, results, neurons), hash)
     assert re.search('id="status"[^<]*(Neuron 0.0|Shown: 0.0)</p>', document)

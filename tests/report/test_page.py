@@ -62,9 +62,7 @@ def test_text_from_outside_is_shown_whole(dressed, attack):
 def test_no_character_that_acts_reaches_the_page(dressed, attacks):
     page = render(*dressed(attacks))
     page.encode()  # a lone surrogate would raise
-    assert not re.findall(
-        "[^\n\\S ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", page
-    )
+    assert not re.findall("[^\n\\S ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", page)
 
 
 def test_policy_names_exactly_the_script_and_the_style_of_the_page(about, results, neurons):
@@ -86,9 +84,7 @@ def test_nothing_is_loaded_and_nothing_is_inline(about, results, neurons):
     for tag, attributes in page.elements:
         assert not any(name == "style" or name.startswith("on") for name in attributes)
         if tag != "a":
-            assert all(
-                attributes.get(name, "data:").startswith("data:") for name in ("src", "href", "srcset")
-            )
+            assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href", "srcset"))
     assert "url(" not in "".join(page.inside["style"]) and "@import" not in "".join(page.inside["style"])
 
 
@@ -98,9 +94,7 @@ def test_each_claim_is_answered_once_and_in_order(about, results):
     answers = [page[a:b] for a, b in zip(places, [*places[1:], len(page)], strict=True)]
     said = [re.search("not measured|not supported|supported|mixed", answer)[0] for answer in answers]
     assert said == ["not measured", "mixed", "supported", "not supported", "not measured", "not measured"]
-    assert (
-        "h 212 | x 96 | random features 301" in answers[1] and "Random features expand as well." in answers[1]
-    )
+    assert "h 212 | x 96 | random features 301" in answers[1] and "Random features expand as well." in answers[1]
 
 
 def test_a_run_without_results_says_so(about):
@@ -130,9 +124,7 @@ def test_short_tables_are_on_the_page_and_long_ones_are_named(about, results):
 
 def test_headings_step_down_one_at_a_time(about, results, neurons):
     levels = [
-        int(tag[1])
-        for tag, _ in Page(render(about, results, neurons)).elements
-        if re.fullmatch("h[1-6]", tag)
+        int(tag[1]) for tag, _ in Page(render(about, results, neurons)).elements if re.fullmatch("h[1-6]", tag)
     ]
     assert levels.count(1) == 1 and levels[0] == 1
     assert all(b <= a + 1 for a, b in pairwise(levels))

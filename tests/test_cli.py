@@ -1,0 +1,165 @@
+"""The commands as a user types them, on tiny saved models; and what wrong input gets."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+
+from ffnprobe.cli import main, parse_layers
+from ffnprobe.errors import InputError
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """`run("check", folder)`: exit code, what was printed, what was complained of."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ffnprobe", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def broken(folder_of, tmp_path) -> Callable[..., Path]:
+    """`broken(edit)`: a copy of the tiny GPT-2's folder after `edit(weights)`."""
+
+    def make(edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+        folder = zoo.save("gpt2", tmp_path / "broken")
+        weights = load_file(folder / "model.safetensors")
+        edit(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_path):
+    out = tmp_path / "run"
+    code, printed, complained = run("report", folder_of(architecture), "--tokens", "1024", "--out", out)
+    assert code == 0, complained
+    assert printed.count("\n* ") == 3 and str(out / "report.html") in printed
+    assert "running 3 layers over 1,024 tokens" in complained
+    names = {"hidden_rank", "memories", "weight_rank", "neuron_clusters"}
+    assert {path.stem for path in (out / "tables").iterdir()} == names
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        f"{n}.{kind}" for n in names for kind in ("svg", "png")
+    }
+    page = (out / "report.html").read_text()
+    assert page.count("<img") == 4 and "not measured" in page
+    recorded = json.loads((out / "run.json").read_text())
+    assert recorded["settings"]["tokens"] == 1024 and recorded["versions"]["torch"] == torch.__version__
+    ranks = pd.read_parquet(out / "tables" / "hidden_rank.parquet")
+    assert set(ranks.layer) == {0, 1, 2} and (ranks.soft_rank <= ranks.width).all()
+
+
+def test_the_same_report_twice_has_the_same_tables(folder_of, run, tmp_path):
+    tables = []
+    for name in ("a", "b"):
+        assert (
+            run("report", folder_of("gpt2"), "--tokens", "512", "--layers", "1", "--out", tmp_path / name)[0] == 0
+        )
+        tables.append(sorted((tmp_path / name / "tables").iterdir()))
+    assert [path.read_bytes() for path in tables[0]] == [path.read_bytes() for path in tables[1]]
+
+
+def test_a_folder_that_holds_another_run_is_not_overwritten(folder_of, run, tmp_path):
+    options = ("--tokens", "512", "--out", tmp_path / "run")
+    assert run("report", folder_of("gpt2"), "--layers", "0", *options)[0] == 0
+    before = (tmp_path / "run" / "report.html").read_bytes()
+    code, _, complained = run("report", folder_of("gpt2"), "--layers", "1", *options)
+    assert code == 2 and "holds another run (layers [0], now [1])" in complained
+    assert (tmp_path / "run" / "report.html").read_bytes() == before
+
+
+def test_neuron_shows_its_triggers_and_its_words(folder_of, run):
+    code, printed, _ = run("neuron", folder_of("llama"), "2.7", "--tokens", "512")
+    assert code == 0
+    assert "neuron 2.7" in printed and printed.count("«") == 10
+    assert "promotes" in printed and "firing rate" in printed
+
+
+def test_check_prints_a_line_a_layer(folder_of, run):
+    code, printed, _ = run("check", folder_of("gptj"))
+    assert code == 0 and printed.count("parallel") == 3 and "gelu_tanh" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layers", "99"], "layer 99 is not there: the FFNs are in layers 0 to 2"),
+        (["--layers", "one"], "layers 'one' are not understood: write them as in 0,3-5"),
+        (["--corpus", "empty.txt"], "is empty"),
+        (["--corpus", "latin.txt"], "is not UTF-8 at byte 3"),
+        (["--corpus", "absent.txt"], "does not exist"),
+        (["--corpus", "x.txt", "--dataset", "y"], "both --corpus and --dataset"),
+        (["--out", "a-file/run"], "cannot write into"),
+        (["--out", "/proc/run"], "cannot write into"),  # root may write anywhere but here
+        (["--tokens", "2"], "--tokens"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, said, folder_of, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text(" \n")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("a-file").write_text("")
+    code, printed, complained = run("report", folder_of("gpt2"), *arguments)
+    assert code == 2 and not printed
+    assert said in complained and "Traceback" not in complained
+    if "--tokens" not in arguments:
+        assert complained.strip().splitlines()[-1].startswith("ffnprobe: ")
+
+
+def test_a_model_that_is_nowhere_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, complained = run("report", "./no-such-model")
+    assert code == 2 and "no-such-model" in complained and complained.count("\n") <= 2
+
+
+def test_a_nan_weight_is_named(broken, run, tmp_path):
+    def poison(weights):
+        weights["transformer.h.1.mlp.c_fc.weight"][2, 3] = torch.nan
+
+    code, _, complained = run("check", broken(poison))
+    assert code == 3 and "transformer.h.1.mlp.c_fc.weight" in complained
+
+
+@pytest.mark.parametrize("architecture", zoo.REFUSED)
+def test_what_cannot_be_measured_truthfully_is_refused(architecture, folder_of, run):
+    code, _, complained = run("report", folder_of(architecture))
+    assert code == 3 and complained.strip().splitlines()[-1].startswith("ffnprobe: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("5", "write layer.neuron"), ("0.999", "has neurons 0 to 35"), ("9.1", "layer 9")]
+)
+def test_a_neuron_that_is_not_there_is_said(name, said, folder_of, run):
+    code, _, complained = run("neuron", folder_of("gpt2"), name)
+    assert code == 2 and said in complained
+
+
+def test_debug_shows_the_traceback(folder_of, run):
+    with pytest.raises(InputError):
+        run("--debug", "report", folder_of("gpt2"), "--layers", "99")
+
+
+def test_no_command_shows_the_help(run):
+    code, printed, complained = run()
+    assert code in (0, 2) and "report" in printed + complained
+
+
+@pytest.mark.parametrize(("text", "layers"), [(None, None), ("0", (0,)), ("3-5,0", (0, 3, 4, 5)), (" 1 ,1", (1,))])
+def test_layers_are_read_as_written(text, layers):
+    assert parse_layers(text) == layers
