@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,19 @@ class Lock:
         """
         return _take(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def share(self) -> None:
+        """Let others in again."""
+        _take(self.file, fcntl.LOCK_SH)
+
 
 @contextmanager
-def locked(path: str | Path, *, shared: bool = False, wait: bool = False) -> Iterator[Lock]:
+def locked(
+    path: str | Path, *, shared: bool = False, wait: Callable[[str], object] | None = None
+) -> Iterator[Lock]:
     """Hold a lock file; the kernel lets go of it however the process ends.
+
+    Args:
+        wait: told who holds it, where it is to be waited for.
 
     Raises:
         InputError: another process holds it; the message says which.
@@ -46,10 +55,15 @@ def locked(path: str | Path, *, shared: bool = False, wait: bool = False) -> Ite
     make_folder(path.parent)
     with open(path, "a+") as file:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        if not _take(file, kind if wait else kind | fcntl.LOCK_NB):
+        if not _take(file, kind | fcntl.LOCK_NB):
             file.seek(0)
             who = _holder(file.read())
-            raise InputError(f"{path.parent} is in use by {who}: wait for it, or choose another folder with --out")
+            if not wait:
+                raise InputError(
+                    f"{path.parent} is in use by {who}: wait for it, or choose another folder with --out"
+                )
+            wait(f"waiting: {path.parent} is in use by {who}")
+            _take(file, kind)
         with suppress(OSError):  # who holds it is a courtesy; a full disk is met by who needs the room
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": platform.node()}))

@@ -26,7 +26,7 @@ from .errors import InputError
 from .executors import Executor, Inline
 from .lock import Lock, locked
 from .models import plain
-from .shards import PILOT, Maker, Work, entry, merge, read_pilot, shard_path, write_pilot
+from .shards import PILOT, Maker, Work, entry, merge, named, read_pilot, shard_path, write_pilot
 from .statistics import Statistic
 from .stream import Progress
 from .tensors import Damaged
@@ -74,16 +74,17 @@ def run(
     """
     folder, facts = make_folder(folder), dict(facts or {})
     executor = executor or Inline()
-    with locked(folder / "lock", shared=bool(executor.writer)) as lock:
-        if not executor.writer:
+    several = bool(executor.writer)  # a rank that starts late waits for the one that adds up
+    with locked(folder / "lock", shared=several, wait=say if several else None) as lock:
+        if not several:
             sweep(folder)
         _refuse_another(folder, facts)  # before a model is loaded for nothing
         work = prepare(say)
         with _threads(executor.threads):
-            with locked(folder / "setup.lock", wait=True):
+            with locked(folder / "setup.lock", wait=log.info):
                 _agree(folder, facts | work.plan(), _circumstances(work, executor), say)
-                pilot_sha256 = _set_up(folder, work, executor, say)
-            outcome = _complete(folder, prepare, work, pilot_sha256, executor, lock, say, progress)
+                pilot_sha256, size = _set_up(folder, work, executor, say)
+            outcome = _complete(folder, prepare, work, pilot_sha256, size, executor, lock, say, progress)
         yield work, outcome
 
 
@@ -109,19 +110,23 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def _set_up(folder: Path, work: Work, executor: Executor, say: Say) -> str:
-    """Make sure of the pilot; its sha256."""
+def _set_up(folder: Path, work: Work, executor: Executor, say: Say) -> tuple[str, int]:
+    """Make sure of the pilot; its sha256, and the bytes of its statistics."""
     for known in reversed(manifest.read(folder).get(PILOT, [])):
         try:
-            read_pilot(folder, known.sha256)
-            return known.sha256
+            return known.sha256, _size(read_pilot(folder, known.sha256).starts)
         except Damaged as damage:
             say(f"{damage}: it is made again")
     started = time.perf_counter()
-    written = write_pilot(folder, work.pilot())
+    pilot = work.pilot()
+    written = write_pilot(folder, pilot)
     made = entry(folder / PILOT, written, work.batch, time.perf_counter() - started)
     manifest.add(folder, made, executor.writer)
-    return made.sha256
+    return made.sha256, _size(pilot.starts)
+
+
+def _size(statistics: Mapping[str, Statistic]) -> int:
+    return sum(tensor.nbytes for tensor in named(statistics).values())
 
 
 def _complete(
@@ -129,6 +134,7 @@ def _complete(
     prepare: Prepare,
     work: Work,
     pilot_sha256: str,
+    size: int,
     executor: Executor,
     lock: Lock,
     say,
@@ -145,7 +151,6 @@ def _complete(
         counter.start(missing)
         if 0 < len(missing) < len(paths):
             say(f"{len(paths) - len(missing)} of {len(paths)} shards are there: going on")
-        size = (folder / PILOT).stat().st_size  # a shard's, nearly: the same tensors
         need_room(folder, (len(missing) + 1) * size, f"{len(missing)} shards and their sum")
         for made in executor(missing, make, begin):
             manifest.add(folder, made, writer)
@@ -155,6 +160,7 @@ def _complete(
         if executor.writer:
             alone, missing = lock.alone(), _missing(folder, paths)
             if missing or not alone:
+                lock.share()
                 say(f"rank done; {len(missing)} of {len(paths)} shards are still out: the last rank adds up")
                 return None
             sweep(folder)

@@ -93,7 +93,6 @@ class Maker:
     def __init__(self, work: Work, folder: Path, pilot_sha256: str, progress: Progress | None = None) -> None:
         self.work, self.folder, self.progress = work, folder, progress
         self.pilot_sha256, self.batch = pilot_sha256, work.batch
-        self.pilot = read_pilot(folder, pilot_sha256, plain(work.model).device)
 
     def __call__(self, shard: int) -> Entry:
         started, work = time.perf_counter(), self.work
@@ -104,7 +103,7 @@ class Maker:
                 work.model,
                 work.tokens,
                 wanted,
-                self.pilot,
+                read_pilot(self.folder, self.pilot_sha256, plain(work.model).device),
                 rows,
                 batch=batch,
                 nonfinite=work.nonfinite,
@@ -139,9 +138,16 @@ def write_pilot(folder: Path, start: Pilot) -> tuple[int, str]:
         "hidden": torch.tensor([sinks.hidden[layer] for layer in layers], dtype=torch.float64),
         "factor": torch.tensor(sinks.factor, dtype=torch.float64),
     }
-    tensors = named(start.starts) | {f"sinks:{name}": number for name, number in numbers.items()}
-    kinds = {name: type(statistic).__name__ for name, statistic in start.starts.items()}
-    return write_tensors(folder / PILOT, tensors, {"kinds": kinds, "moved": _moved(tensors)})
+    tensors = named(start.starts)
+    about = {
+        "kinds": _kinds(start.starts),
+        "moved": [name for name, tensor in tensors.items() if tensor.device.type != "cpu"],
+        # most sums start at zero: one number in place of gigabytes, which each shard reads again
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items() if _constant(tensor)},
+    }
+    tensors = {name: t.flatten()[:1] if name in about["shapes"] else t for name, t in tensors.items()}
+    tensors |= {f"sinks:{name}": number for name, number in numbers.items()}
+    return write_tensors(folder / PILOT, tensors, about)
 
 
 def read_pilot(folder: Path, digest: str, device: torch.device | str = "cpu") -> Pilot:
@@ -154,6 +160,11 @@ def read_pilot(folder: Path, digest: str, device: torch.device | str = "cpu") ->
     factor = float(tensors.pop("sinks:factor"))
     layers, residual, hidden = (tensors.pop(f"sinks:{name}").tolist() for name in ("layer", "residual", "hidden"))
     sinks = Sinks(factor, dict(zip(layers, residual, strict=True)), dict(zip(layers, hidden, strict=True)))
+    for name, shape in about["shapes"].items():
+        value = tensors[name].item()
+        tensors[name] = (
+            torch.full(shape, value, dtype=tensors[name].dtype) if value else tensors[name].new_zeros(shape)
+        )
     for name in about["moved"]:
         tensors[name] = tensors[name].to(device)
     return Pilot(sinks, statistics_of(tensors, about["kinds"]))
@@ -169,8 +180,7 @@ def merge(folder: Path, pilot_sha256: str, entries: Iterable[list[Entry]]) -> tu
         Damaged: a shard's file is not what was written; it is gone then, to be made again.
     """
     start = read_pilot(folder, pilot_sha256)
-    kinds = {name: type(statistic).__name__ for name, statistic in start.starts.items()}
-    matched = []
+    kinds, matched = _kinds(start.starts), []
     for candidates in entries:
         path = folder / "shards" / candidates[0].name
         by_digest = {candidate.sha256: candidate for candidate in candidates}
@@ -207,8 +217,12 @@ def statistics_of(tensors: Mapping[str, Tensor], kinds: Mapping[str, str]) -> di
     return {name: known[kind](states[name]) for name, kind in kinds.items()}
 
 
-def _moved(tensors: Mapping[str, Tensor]) -> list[str]:
-    return sorted(name for name, tensor in tensors.items() if tensor.device.type != "cpu")
+def _kinds(statistics: Mapping[str, Statistic]) -> dict[str, str]:
+    return {name: type(statistic).__name__ for name, statistic in statistics.items()}
+
+
+def _constant(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
 
 
 def _subclasses(kind: type) -> Iterator[type[Statistic]]:

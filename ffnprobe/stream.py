@@ -139,10 +139,10 @@ def collect(
         MachineError: a single sequence does not fit into memory.
     """
     probes = counting(probes, nonfinite)
-    start = pilot(model, tokens, probes, sink_factor=sink_factor, nonfinite=nonfinite)
     rows = torch.arange(len(tokens.ids))
 
     def feed(batch: int) -> dict[str, Statistic]:
+        start = pilot(model, tokens, probes, sink_factor=sink_factor, nonfinite=nonfinite)
         return collect_rows(
             model, tokens, probes, start, rows, batch=batch, nonfinite=nonfinite, progress=progress
         )
@@ -195,11 +195,11 @@ def collect_rows(
     nonfinite: str = "stop",
     progress: Progress | None = None,
 ) -> dict[str, Statistic]:
-    """What every probe's statistic says of these sequences; the pilot stays as it is."""
+    """Feed these sequences to the pilot's statistics and hand them back: a copy would be memory for nothing."""
     by_layer = _by_layer(probes)
     chosen = choose_layers(model, sorted(by_layer))
     half = (torch.cat([torch.zeros(1), tokens.document.flatten().diff()]) != 0).cumsum(0) % 2
-    statistics = {name: type(before)(before.state()) for name, before in start.starts.items()}
+    statistics = dict(start.starts)
     for done, some in enumerate(rows.split(batch)):
 
         def feed(tap: Tap, read: dict[str, Tensor], some=some) -> None:

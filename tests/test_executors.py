@@ -1,14 +1,15 @@
 """Who computes a shard, and where, does not show in its bytes."""
 
 import os
+import threading
 
 import pytest
-from runs import SHARDS, Deadly, Refusing, go, sha256, work_of
 
 from ffnprobe import manifest
 from ffnprobe.errors import InputError, MachineError
 from ffnprobe.executors import Inline, Processes, Rank, executor_of
 from ffnprobe.run import run
+from runs import SHARDS, Deadly, Refusing, go, sha256, work_of
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +108,36 @@ def test_a_damaged_shard_of_another_rank_is_made_by_the_last(work, inline, tmp_p
     assert sha256(tmp_path) == inline
 
 
-def test_ranks_and_others_keep_each_other_out(work, tmp_path):
+def test_a_run_is_kept_out_while_ranks_are_at_work(work, tmp_path):
     with (
-        run(tmp_path, lambda say: work),
+        run(tmp_path, lambda say: work, executor=Rank(0, 2)),
         pytest.raises(InputError, match="in use by process"),
     ):
-        go(tmp_path, work, executor=Rank(0, 2))
-    with (
-        run(tmp_path / "r", lambda say: work, executor=Rank(0, 2)),
-        pytest.raises(InputError, match="in use by process"),
-    ):
-        go(tmp_path / "r", work)
+        go(tmp_path, work)
+
+
+def test_a_rank_leaves_the_adding_up_to_one_that_is_still_there(work, inline, tmp_path):
+    with run(tmp_path, lambda say: work, executor=Rank(1, 2)) as (_, outcome):
+        assert outcome is None
+        assert go(tmp_path, work, executor=Rank(0, 2))[0] is None
+    assert go(tmp_path, work, executor=Rank(1, 2))[0] is not None
+    assert sha256(tmp_path) == inline
+
+
+def test_a_late_rank_waits_for_the_one_that_adds_up(work, tmp_path):
+    said: list[str] = []
+
+    def late() -> None:
+        with run(tmp_path, lambda say: work, executor=Rank(1, 2), say=said.append):
+            said.append("in")
+
+    rank = threading.Thread(target=late)
+    with run(tmp_path, lambda say: work):
+        rank.start()
+        rank.join(0.5)
+        assert rank.is_alive() and "waiting" in said[0] and "in" not in said
+    rank.join()
+    assert said[-1] == "in"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from runs import LENGTH, SHARDS, go, sha256, work_of
 
 import ffnprobe.disk
 import ffnprobe.run
@@ -24,6 +23,7 @@ from ffnprobe.models import plain
 from ffnprobe.run import read_run, run
 from ffnprobe.shards import MERGED, Maker
 from ffnprobe.stream import collect
+from runs import LENGTH, SHARDS, go, sha256, work_of
 
 PLACES = ("within a write", "between write and rename", "between rename and manifest", "within the manifest")
 
@@ -82,6 +82,14 @@ def test_any_reader_of_safetensors_opens_the_sum(undisturbed, work, tmp_path):
     for name, statistic in outcome.statistics.items():
         for part, tensor in statistic.tensors().items():
             assert torch.equal(read[f"{name}:{part}"], tensor)
+
+
+def test_the_sum_is_taken_in_ascending_order(undisturbed, work):
+    parts = [safetensors.torch.load_file(path) for path in sorted((undisturbed / "shards").iterdir())]
+    read = safetensors.torch.load_file(undisturbed / MERGED)
+    assert len(parts) == SHARDS
+    up, down = (sum(part["0/post:q"] for part in order) for order in (parts, parts[::-1]))
+    assert torch.equal(read["0/post:q"], up) and not torch.equal(up, down)
 
 
 def test_two_runs_give_the_same_bytes(undisturbed, work, tmp_path):
