@@ -53,7 +53,11 @@ def locked(
     """
     path = Path(path)
     make_folder(path.parent)
-    with open(path, "a+") as file:
+    try:
+        opened = open(path, "a+")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
+    with opened as file:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         if not _take(file, kind | fcntl.LOCK_NB):
             file.seek(0)

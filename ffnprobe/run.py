@@ -22,7 +22,7 @@ import torch
 
 from . import manifest
 from .disk import atomic_write, make_folder, need_room, sweep
-from .errors import InputError
+from .errors import InputError, MachineError
 from .executors import Executor, Inline
 from .lock import Lock, locked
 from .models import plain
@@ -34,6 +34,7 @@ from .tensors import Damaged
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("ffnprobe", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy")
+TRIES = 3  # of a shard that is not on disk what was written
 NOT_EQUAL = "sums agree to 1e-6, not bit for bit"
 
 Say = Callable[[str], None]
@@ -137,15 +138,15 @@ def _complete(
     size: int,
     executor: Executor,
     lock: Lock,
-    say,
-    progress,
+    say: Say,
+    progress: Progress | None,
 ) -> Outcome | None:
     """Compute the missing shards and add them up, until no file is damaged."""
     counter = _Counter(work, progress)
     make = Maker(work, folder, pilot_sha256, counter.within)
     begin = partial(_begin, prepare, folder, pilot_sha256)
     paths = [shard_path(folder, shard) for shard in range(len(work.shards()))]
-    writer = executor.writer
+    writer, damages = executor.writer, list[str]()
     while True:
         missing = _missing(folder, paths, say)
         counter.start(missing)
@@ -160,18 +161,22 @@ def _complete(
         if executor.writer:
             alone, missing = lock.alone(), _missing(folder, paths)
             if missing or not alone:
-                lock.share()
+                if alone:
+                    lock.share()  # or a rank that is yet to come would wait for this one
                 say(f"rank done; {len(missing)} of {len(paths)} shards are still out: the last rank adds up")
                 return None
             sweep(folder)
             executor = Inline(executor.threads)  # the others have left
         try:
-            return _add_up(folder, work, pilot_sha256, paths, executor, say)
+            return _add_up(folder, work, pilot_sha256, paths, say)
         except Damaged as damage:
+            if (seen := damages.count(str(damage))) == TRIES:
+                raise MachineError(f"{damage}, for the {seen + 1}th time: does the disk fail?") from damage
+            damages.append(str(damage))
             say(f"{damage}: it is made again")
 
 
-def _add_up(folder: Path, work: Work, pilot_sha256: str, paths, executor: Executor, say: Say) -> Outcome:
+def _add_up(folder: Path, work: Work, pilot_sha256: str, paths: list[Path], say: Say) -> Outcome:
     known = manifest.read(folder)
     merged, made = merge(folder, pilot_sha256, [known[path.name] for path in paths])
     recorded = read_run(folder)

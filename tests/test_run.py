@@ -209,6 +209,20 @@ def test_200_flipped_bits_and_50_truncations_are_found(copy, work, computed):
     damaged_and_found(copy, work, computed, lambda data, chance: data[: chance.randrange(len(data))], 50)
 
 
+def test_a_disk_that_never_keeps_what_is_written_is_given_up(work, tmp_path, monkeypatch):
+    made = Maker.__call__
+
+    def make(self, shard):
+        entry = made(self, shard)
+        path = tmp_path / "shards" / entry.name
+        path.write_bytes(flip(bytearray(path.read_bytes()), random.Random(0)))
+        return entry
+
+    monkeypatch.setattr(Maker, "__call__", make)
+    with pytest.raises(MachineError, match=r"s-00000.safetensors has other bytes .*does the disk fail\?"):
+        go(tmp_path, work)
+
+
 def test_a_flipped_bit_in_the_pilot_is_found(copy, work, computed):
     path = copy / "pilot.safetensors"
     before = path.read_bytes()
