@@ -62,7 +62,7 @@ def report(
         int | None,
         typer.Option(help="Tokens a shard: what a crash may cost. 8,192 or more by default.", min=1),
     ] = None,
-    executor: Annotated[str, typer.Option(help="inline, process, or rank (torchrun, SLURM).")] = "inline",
+    executor: Annotated[str, typer.Option(help="inline, process, rank (torchrun, SLURM) or ray.")] = "inline",
     workers: Annotated[int, typer.Option(help="Processes that share the cores.", min=1)] = 2,
 ) -> None:
     """Measure a model's feed-forward layers and write tables, figures and report.html.

@@ -54,7 +54,7 @@ def locked(
     path = Path(path)
     make_folder(path.parent)
     try:
-        opened = open(path, "a+")
+        opened = open(path, "a+")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
     with opened as file:

@@ -1,15 +1,26 @@
 """Who computes a shard, and where, does not show in its bytes."""
 
 import os
+import sys
 import threading
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from recipes import SHARDS, Deadly, Refusing, go, sha256, work_of
 
 from ffnprobe import manifest
 from ffnprobe.errors import InputError, MachineError
-from ffnprobe.executors import Inline, Processes, Rank, executor_of
+from ffnprobe.executors import Inline, Processes, Rank, Ray, executor_of
 from ffnprobe.run import run
-from runs import SHARDS, Deadly, Refusing, go, sha256, work_of
+
+RAY = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="the extra [ray] is not installed")]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Ray's workers find the recipes where these tests do."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +35,22 @@ def inline(work, tmp_path_factory):
     return sha256(folder)
 
 
-def test_processes_give_the_same_bytes_though_a_worker_is_killed(folder_of, inline, tmp_path):
-    marks = tmp_path / "marks"
-    recipe = Deadly(folder_of("llama"), marks, 1)
+def late(executor_type: type, marks: Path):
+    """The executor, which makes the folder that `Deadly` waits for when it starts its workers."""
 
-    class Late(Processes):
+    class Late(executor_type):
         def __call__(self, *arguments):
             marks.mkdir()
             return super().__call__(*arguments)
 
-    with run(tmp_path / "run", recipe, executor=Late(2, 1)) as (_, outcome):
+    return Late
+
+
+@pytest.mark.parametrize("kind", [Processes, pytest.param(Ray, marks=RAY)])
+def test_other_processes_give_the_same_bytes_though_one_is_killed(kind, folder_of, inline, tmp_path):
+    marks = tmp_path / "marks"
+    recipe = Deadly(folder_of("llama"), marks, 1)
+    with run(tmp_path / "run", recipe, executor=late(kind, marks)(2, 1)) as (_, outcome):
         assert outcome.bit_equal
     assert len(list(marks.iterdir())) == 1
     assert sha256(tmp_path / "run") == inline
@@ -42,25 +59,20 @@ def test_processes_give_the_same_bytes_though_a_worker_is_killed(folder_of, inli
 @pytest.mark.slow
 def test_a_shard_that_kills_every_worker_is_given_up(folder_of, tmp_path):
     marks = tmp_path / "marks"
-
-    class Late(Processes):
-        def __call__(self, *arguments):
-            marks.mkdir()
-            return super().__call__(*arguments)
-
     recipe = Deadly(folder_of("llama"), marks, 99)
     with (
         pytest.raises(MachineError, match="3 workers died over shard 2"),
-        run(tmp_path / "run", recipe, executor=Late(1, 1)),
+        run(tmp_path / "run", recipe, executor=late(Processes, marks)(1, 1)),
     ):
         pass
 
 
-def test_an_error_in_a_worker_is_the_runs(folder_of, tmp_path):
+@pytest.mark.parametrize("kind", [Processes, pytest.param(Ray, marks=RAY)])
+def test_an_error_in_a_worker_is_the_runs(kind, folder_of, tmp_path):
     recipe = Refusing(folder_of("llama"), os.getpid())
     with (
         pytest.raises(InputError, match="not here"),
-        run(tmp_path / "run", recipe, executor=Processes(1, 1)),
+        run(tmp_path / "run", recipe, executor=kind(1, 1)),
     ):
         pass
 
@@ -164,5 +176,5 @@ def test_a_rank_without_a_launcher_is_refused(environment):
 def test_executors_have_names():
     assert isinstance(executor_of("inline"), Inline)
     assert executor_of("process", 2).workers == 2
-    with pytest.raises(InputError, match="choose from inline, process, rank"):
+    with pytest.raises(InputError, match="choose from inline, process, rank, ray"):
         executor_of("spark")

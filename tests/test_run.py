@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from recipes import LENGTH, SHARDS, go, sha256, work_of
 
 import ffnprobe.disk
 import ffnprobe.run
@@ -23,7 +24,6 @@ from ffnprobe.models import plain
 from ffnprobe.run import read_run, run
 from ffnprobe.shards import MERGED, Maker
 from ffnprobe.stream import collect
-from runs import LENGTH, SHARDS, go, sha256, work_of
 
 PLACES = ("within a write", "between write and rename", "between rename and manifest", "within the manifest")
 

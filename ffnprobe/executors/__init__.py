@@ -7,6 +7,7 @@ from .base import Start as Start
 from .inline import Inline as Inline
 from .process import Processes as Processes
 from .rank import Rank as Rank
+from .ray import Ray as Ray
 
 
 def executor_of(name: str, workers: int = 2) -> Executor:
@@ -21,4 +22,6 @@ def executor_of(name: str, workers: int = 2) -> Executor:
         return Processes.sharing(workers)
     if name == "rank":
         return Rank.from_environment()
-    raise InputError(f"executor {name!r} is unknown: choose from inline, process, rank")
+    if name == "ray":
+        return Ray.sharing(workers)
+    raise InputError(f"executor {name!r} is unknown: choose from inline, process, rank, ray")

@@ -33,8 +33,7 @@ class Processes:
     @classmethod
     def sharing(cls, workers: int) -> Processes:
         """So many workers that share the cores of this process."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(workers, max(1, cores // workers))
+        return cls(workers, share(workers))
 
     def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Iterator[Entry]:
         queue, deaths = list(shards), Counter[int]()
@@ -78,6 +77,12 @@ class Processes:
         worker.start()
         there.close()  # or the death of the worker would not be seen here
         return here, worker
+
+
+def share(workers: int) -> int:
+    """Threads a worker, so that they do not fight over the cores of this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
 
 
 def _give(connection: Connection, queue: list[int]) -> int:
