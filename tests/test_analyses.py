@@ -1,0 +1,44 @@
+"""Every script of the gallery runs on any model, and the gallery shows what every script draws."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from ffnprobe.errors import InputError
+
+ANALYSES = Path(__file__).parents[1] / "analyses"
+SCRIPTS = sorted(ANALYSES.glob("plot_*.py"))
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ANALYSES))
+
+    def call(script: Path, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+
+    return call
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_script_draws_its_figure_and_saves_its_table(script, run, folder_of, tmp_path, capsys):
+    run(script, str(folder_of("gpt2")), "--layers", "0-2", "--tokens", "512", "--out", str(tmp_path))
+    stem = f"{script.stem.removeprefix('plot_')}-gpt2"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for kind in ("png", "svg", "parquet")}
+    assert f"{stem}.png" in capsys.readouterr().out
+
+
+def test_a_layer_that_is_not_there_is_said(run, folder_of, tmp_path):
+    with pytest.raises(InputError, match="layer 9 is not there"):
+        run(ANALYSES / "plot_weight_rank.py", str(folder_of("gpt2")), "--layers", "9", "--out", str(tmp_path))
+
+
+def test_the_gallery_shows_every_script():
+    page = (ANALYSES / "README.md").read_text()
+    for script in SCRIPTS:
+        figure = f"figures/{script.stem.removeprefix('plot_')}-smollm2-135m.png"
+        assert script.name in page and figure in page
+        assert (ANALYSES / figure).exists()
