@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ffnprobe import Result, load_corpus, load_model, pack
 from ffnprobe.cli import parse_layers
-from ffnprobe.corpus import Tokens
+from ffnprobe.corpus import LENGTH, Tokens
 from ffnprobe.figure import save_figure
-from ffnprobe.models import Model, tokenizer_of
+from ffnprobe.models import Model, context_length, tokenizer_of
 
 
 def arguments(description: str | None) -> Namespace:
@@ -24,7 +24,8 @@ def arguments(description: str | None) -> Namespace:
 def load(options: Namespace) -> tuple[Model, Tokens]:
     model = load_model(options.model)
     corpus = load_corpus(options.corpus)
-    return model, pack(corpus, tokenizer_of(model), tokens=options.tokens, seed=options.seed)
+    length = min(LENGTH, context_length(model))
+    return model, pack(corpus, tokenizer_of(model), tokens=options.tokens, length=length, seed=options.seed)
 
 
 def save(result: Result, options: Namespace) -> None:

@@ -7,6 +7,7 @@ from .corpus import load_dataset_corpus as load_dataset_corpus
 from .corpus import pack as pack
 from .ffn import FFN as FFN
 from .models import check_model as check_model
+from .models import context_length as context_length
 from .models import fetch as fetch
 from .models import ffns as ffns
 from .models import load_model as load_model

@@ -105,7 +105,8 @@ def _keeping(kept: list[Tensor]) -> Callable[..., None]:
 def relative_error(got: Float[Tensor, "n d"], expected: Float[Tensor, "n d"]) -> float:
     """The worst token's |got - expected| / |expected|, in [0, inf]."""
     got, expected = got.double(), expected.double()
-    return float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    error, size = (got - expected).norm(dim=-1), expected.norm(dim=-1)
+    return float(torch.where(error == 0, 0.0, error / size).max())  # a token with nothing to write is no error
 
 
 STREAM = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")

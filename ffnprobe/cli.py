@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import FFNProbeError, InputError
+from .errors import FFNProbeError, InputError, ModelRefused
 
 app = typer.Typer(
     add_completion=False,
@@ -31,7 +31,7 @@ Corpus = Annotated[
     str | None, typer.Option(help="A .txt, .jsonl or .parquet file. The built-in corpus by default.")
 ]
 Dataset = Annotated[str | None, typer.Option(help="A data set of the hub instead.")]
-Seed = Annotated[int, typer.Option(help="Of the document sample and of every null.", min=0)]
+Seed = Annotated[int, typer.Option(help="Of the document sample and of every null.", min=0, max=2**31)]
 SinkFactor = Annotated[float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)]
 
 
@@ -83,7 +83,8 @@ def report(
 
             chosen = parse_layers(layers)
             settings = Settings(model, tokens, chosen, corpus, dataset, seed, sink_factor, nonfinite, batch, shard)
-            folder = out or Path("runs") / Path(model).name
+            name = Path(model).resolve().name if Path(model).exists() else Path(model).name
+            folder = out or Path("runs") / name
             where = executor_of(executor, workers)
             findings = build_report(settings, folder, where, say=show.say, progress=show.step)
     if not findings:
@@ -100,9 +101,9 @@ def check(model: Model) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .models import check_model, describe, load_model
+    from .models import check_model, describe, load_model, reads_vocabulary
 
-    loaded = load_model(model, say=_say)
+    loaded = load_model(model, say=_say, refuse=False)
     checked = check_model(loaded)
     frame = checked.to_frame()
     table = Table(box=None)
@@ -115,7 +116,11 @@ def check(model: Model) -> None:
     console.print(f"logits against Hugging Face's: {checked.logits:.1e}")
     if note := describe(loaded)["note"]:
         console.print(str(note))
-    console.print("analyzers: hidden_rank, weight_rank, memories, neuron_clusters")
+    if not checked.ok:
+        raise ModelRefused(f"{model} failed the self-check: {checked.problems[0]}: choose another model")
+    console.print("these analyzers apply: hidden_rank, weight_rank, neuron_clusters", end="")
+    illegible = reads_vocabulary(loaded)
+    console.print(f"; not memories: {illegible}" if illegible else ", memories", markup=False)
 
 
 @app.command()
@@ -139,8 +144,8 @@ def neuron(
     from rich.console import Console
 
     from .analyzers import memories
-    from .corpus import load_corpus, pack
-    from .models import ffns, load_model, tokenizer_of
+    from .corpus import LENGTH, load_corpus, pack
+    from .models import context_length, ffns, load_model, tokenizer_of
     from .report.build import card
     from .report.card import card_text
 
@@ -148,7 +153,8 @@ def neuron(
     widths = {ffn.layer: ffn.d_mlp for ffn in ffns(loaded)}
     if index >= widths.get(layer, index + 1):
         raise InputError(f"neuron {index} is not there: layer {layer} has neurons 0 to {widths[layer] - 1}")
-    packed = pack(load_corpus(corpus), tokenizer_of(loaded), tokens=tokens, seed=seed)
+    length = min(LENGTH, context_length(loaded))
+    packed = pack(load_corpus(corpus), tokenizer_of(loaded), tokens=tokens, length=length, seed=seed)
     with _progress() as show:
         result = memories(loaded, packed, layers=[layer], triggers=10, seed=seed, progress=show.step)
     Console().print(card_text(card(result.rows[index])))
@@ -159,7 +165,10 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         with _stoppable():
-            app(standalone_mode=False)
+            code = app(standalone_mode=False)
+        if code == 130:  # typer makes an exit of an interrupt
+            raise _Stopped(code)
+        sys.exit(code or 0)
     except FFNProbeError as error:
         _fail(str(error), error.exit_code, debug)
     except typer.Abort:
@@ -266,6 +275,8 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise InputError(f"layers {text!r} are not understood: write them as in 0,3-5")
+        if dash and int(last) < int(first):
+            raise InputError(f"layers {text!r} count down: write {last}-{first}")
         chosen |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(chosen))
 

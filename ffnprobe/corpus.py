@@ -22,6 +22,7 @@ from .errors import InputError, MachineError
 
 log = logging.getLogger(__name__)
 
+LENGTH = 256  # tokens a sequence
 FEWEST = 16  # tokens: below this a sequence says nothing
 
 
@@ -129,7 +130,7 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int = 16_384,
-    length: int = 256,
+    length: int = LENGTH,
     per_document: int = 64,
     seed: int = 0,
 ) -> Tokens:

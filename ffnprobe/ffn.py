@@ -86,9 +86,33 @@ class FFN:
         """The output y = sum_i h_i v_i + bias, before any norm or multiplier of the block."""
         return F.linear(hidden, self.values.T, self.bias)
 
+    @property
+    def gauge(self) -> Float[Tensor, " d_mlp"]:
+        """What `canonical` divides each value by: its norm, with the sign of its largest entry; 1 if plain."""
+        if self.gates is None:
+            return torch.ones_like(self.values[:, 0])
+        largest = self.values.gather(1, self.values.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+        scale = self.values.norm(dim=1) * largest.sign()
+        return torch.where(scale == 0, 1.0, scale)
+
+    def canonical(self) -> FFN:
+        """The same function with the freedom of a gated neuron's scale and sign taken out.
+
+        (key, value) -> (a key, value / a) leaves a gated layer as it is, so no rank of its keys, values or
+        hidden activations would mean anything; here values are unit vectors and keys carry their norms. A
+        plain layer is returned as it is.
+        """
+        if self.gates is None:
+            return self
+        gauge = self.gauge
+        key_bias = None if self.key_bias is None else self.key_bias * gauge
+        return replace(
+            self, keys=self.keys * gauge[:, None], key_bias=key_bias, values=self.values / gauge[:, None]
+        )
+
     def randomised(self, seed: int = 0) -> FFN:
         """The null of this layer: Gaussian rows of the same norms in place of every matrix, biases kept."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + self.layer)
 
         def random_rows(matrix: Tensor) -> Tensor:
             rows = torch.randn(matrix.shape, generator=generator).to(matrix)

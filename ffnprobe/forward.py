@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .errors import InputError
-from .models import Model, Tap, plain, taps
+from .models import Model, Tap, context_length, plain, taps
 
 OnLayer = Callable[[Tap, dict[str, Tensor]], None]
 
@@ -26,7 +26,9 @@ def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap
         InputError: a layer that has no FFN or is not there.
     """
     available = {tap.layer: tap for tap in taps(model)}
-    for layer in layers if layers is not None else ():
+    if layers is not None and not layers:
+        raise InputError("no layer chosen: name at least one")
+    for layer in layers or ():
         if layer not in available:
             there = f"{min(available)} to {max(available)}"
             raise InputError(f"layer {layer} is not there: the FFNs are in layers {there}; choose among them")
@@ -35,8 +37,12 @@ def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap
 
 def forward(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_layer: OnLayer) -> None:
     """Run the model up to the last layer chosen and show `on_layer` each of them as it is done."""
+    if (longest := context_length(model)) < ids.shape[1]:
+        raise InputError(
+            f"sequences of {ids.shape[1]} tokens: this model reads {longest}; pack with length={longest}"
+        )
     network: Any = plain(model).base_model  # no logits: nobody asked
-    with _hooks(chosen, on_layer), torch.inference_mode(), suppress(_Enough):
+    with _hooks(chosen, on_layer), torch.no_grad(), suppress(_Enough):
         network(input_ids=ids.to(network.device), use_cache=False)
 
 
@@ -58,6 +64,10 @@ def _hooks(chosen: Sequence[Tap], on_layer: OnLayer) -> Iterator[None]:
 
 def _hook_layer(tap: Tap, on_layer: OnLayer, last: bool) -> list[torch.utils.hooks.RemovableHandle]:
     read: dict[str, Tensor] = {}
+    gated = tap.gate is not None or tap.fused
+    # the scale of a gated neuron is a gauge, of a plain one it is not
+    down: Any = tap.down
+    weight = down.weight.detach().square().sum(0) if gated else torch.ones(())
 
     def rows(x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
@@ -77,6 +87,7 @@ def _hook_layer(tap: Tap, on_layer: OnLayer, last: bool) -> list[torch.utils.hoo
 
     def at_down(module: nn.Module, args: tuple, output: Tensor) -> None:
         read["post"], read["out"] = rows(args[0]), rows(output)
+        read["weight"] = weight.to(read["post"]).expand(read["post"].shape[1])
         on_layer(tap, dict(read))
         read.clear()  # or the layer's activations would live until the next batch
         if last:

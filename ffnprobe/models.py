@@ -58,11 +58,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     tokenizer: PreTrainedTokenizerBase | None = None,
     say: Say = log.info,
+    refuse: bool = True,
 ) -> TransformerBridge:
     """The bridge of a hub id, a local folder, a .gguf file, a built-in name or a loaded model, self-checked.
 
     Nothing of the model's own code is run and no weights are unpickled. A model that is passed in stays
-    as it is: the bridge shares its tensors, not its modules. `say` hears of downloads.
+    as it is: the bridge shares its tensors, not its modules (on another `device`, that of the tensors
+    themselves moves). `say` hears of downloads. With `refuse` off a model that fails the self-check is
+    returned for a look at `check_model`.
     """
     if isinstance(spec, PreTrainedModel):
         hf, note, name = _share(spec), "", type(spec).__name__
@@ -70,13 +73,14 @@ def load_model(
             raise InputError(f"a loaded {name} came without its tokenizer: pass tokenizer=")
     else:
         folder, gguf = locate(spec, say)
-        name = str(spec) if str(spec) in BUILT_IN or not Path(spec).exists() else Path(spec).name
+        name = str(spec) if str(spec) in BUILT_IN or not Path(spec).exists() else Path(spec).resolve().name
         hf, tokenizer = _read(folder, gguf, name, dtype, tokenizer)
         note = f"its weights carry the rounding of {gguf}" if gguf else provenance(folder).get("note", "")
     _refuse_weights(hf, name)
     _refuse_tokenizer(hf, tokenizer, name)
     hf.eval()
-    nn.Module.to(hf, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    default = hf.device if isinstance(spec, PreTrainedModel) else "cuda" if torch.cuda.is_available() else "cpu"
+    nn.Module.to(hf, torch.device(device or default))
     with quiet():
         twin = _share(hf)
         _attention(hf, "eager")  # the bridge's hooks read the attention pattern
@@ -87,7 +91,7 @@ def load_model(
     if not result.ok and twin.config._attn_implementation != "eager":
         _attention(twin, "eager")  # sdpa may leave out what a family does to its attention scores
         result = check_model(bridge)
-    if not result.ok:
+    if refuse and not result.ok:
         raise ModelRefused(f"{name} failed the self-check: {result.problems[0]}: choose another model")
     return bridge
 
@@ -286,6 +290,31 @@ def _few_tokens(model: TransformerBridge) -> Int[Tensor, "2 9"]:
     return ids.to(plain(model).device)
 
 
+def context_length(model: TransformerBridge) -> int:
+    """Tokens that the model reads at once; a large number where nothing bounds it."""
+    config = plain(model).config
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    return next((length for name in names if (length := getattr(config, name, None))), 2**31)
+
+
+def output_gain(model: TransformerBridge, layer: int) -> Float[Tensor, " d_model"] | None:
+    """What a norm behind the FFN multiplies its output by (Gemma 2, OLMo 2); None where there is no such norm."""
+    block: Any = model.blocks[layer]
+    if not hasattr(block, "ln2_post"):
+        return None
+    norm: Any = plain(model).get_submodule(block.name).get_submodule(block.ln2_post.name)
+    return _gain(norm, norm.weight.detach()[None])[0]
+
+
+def reads_vocabulary(model: TransformerBridge) -> str | None:
+    """Why values cannot be read in the vocabulary; None where they can."""
+    try:
+        unembedding(model)
+    except ModelRefused as error:
+        return str(error)
+    return None
+
+
 def unembedding(model: TransformerBridge, view: str = "folded") -> Float[Tensor, "d_vocab d_model"]:
     """The direction of each token in the vocabulary: `values @ unembedding.T` reads values as tokens.
 
@@ -316,7 +345,7 @@ def unembedding(model: TransformerBridge, view: str = "folded") -> Float[Tensor,
     if norm is None or not all(torch.equal(calls[i][0][1], calls[i + 1][0][0]) for i in (0, 1)):
         raise ModelRefused(
             f"{_loaded(model).name} has other than one norm between its last block and its unembedding, so "
-            'values cannot be read in the vocabulary with view="folded": use "raw", or another model'
+            "values cannot be read in the vocabulary"
         )
     gain, centres = _gain(norm, rows)
     folded = rows * gain

@@ -17,19 +17,21 @@ from scipy.stats import binomtest
 from .disk import atomic_write
 from .errors import InputError
 
+FEWEST_LAYERS = 5  # of fewer, no test at 5% can say anything, and no verdict is given
+
 
 def column(unit: str, meaning: str) -> Any:
     """A field of a Row with its unit and its meaning; both travel in the saved table's schema."""
     return field(metadata={"unit": unit, "meaning": meaning})
 
 
-def most(k: int, n: int) -> bool:
-    """Are k of n more than half beyond chance? One-sided sign test at 5%: 16 of 30 are not, 20 of 30 are.
+def beyond(k: int, n: int, share: float = 0.5) -> bool:
+    """Are k of n more than this share, beyond chance? One-sided binomial test at 5%.
 
-    >>> most(16, 30), most(20, 30), most(5, 5)
+    >>> beyond(16, 30), beyond(20, 30), beyond(5, 5)
     (False, True, True)
     """
-    return bool(binomtest(k, n, alternative="greater").pvalue < 0.05)
+    return bool(binomtest(k, n, share, alternative="greater").pvalue < 0.05)
 
 
 @dataclass(frozen=True)

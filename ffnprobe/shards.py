@@ -167,7 +167,7 @@ def read_pilot(folder: Path, digest: str, device: torch.device | str = "cpu") ->
         )
     for name in about["moved"]:
         tensors[name] = tensors[name].to(device)
-    return Pilot(sinks, statistics_of(tensors, about["kinds"]))
+    return Pilot(sinks, dict(statistics_of(tensors, about["kinds"])))
 
 
 def merge(folder: Path, pilot_sha256: str, entries: Iterable[list[Entry]]) -> tuple[Pilot, list[Entry]]:
@@ -192,7 +192,7 @@ def merge(folder: Path, pilot_sha256: str, entries: Iterable[list[Entry]]) -> tu
             path.unlink(missing_ok=True)
             raise
         matched.append(by_digest[digest])
-        for name, part in statistics_of(tensors, kinds).items():
+        for name, part in statistics_of(tensors, kinds):
             start.starts[name].merge(part)
     write_tensors(folder / MERGED, named(start.starts), {"kinds": kinds})
     return start, matched
@@ -207,14 +207,14 @@ def named(statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
     }
 
 
-def statistics_of(tensors: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Statistic]:
-    """The statistics whose tensors these are; `kinds` says what each of them is."""
+def statistics_of(tensors: Mapping[str, Tensor], kinds: Mapping[str, str]) -> Iterator[tuple[str, Statistic]]:
+    """The statistics whose tensors these are, one copy at a time; `kinds` says what each of them is."""
     known = {kind.__name__: kind for kind in _subclasses(Statistic)}
     states: dict[str, dict[str, Tensor]] = {name: {} for name in kinds}
     for name, tensor in tensors.items():
         statistic, _, part = name.rpartition(":")
         states[statistic][part] = tensor
-    return {name: known[kind](states[name]) for name, kind in kinds.items()}
+    return ((name, known[kind](states[name])) for name, kind in kinds.items())
 
 
 def _kinds(statistics: Mapping[str, Statistic]) -> dict[str, str]:

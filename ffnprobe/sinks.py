@@ -27,8 +27,15 @@ class Sinks:
     residual: dict[int, float]
     hidden: dict[int, float]
 
-    def find(self, layer: int, residual: Float[Tensor, "n d"], hidden: Float[Tensor, "n w"]) -> Bool[Tensor, " n"]:
-        return (residual.norm(dim=1) > self.residual[layer]) | (hidden.norm(dim=1) > self.hidden[layer])
+    def find(self, layer: int, read: Mapping[str, Tensor]) -> Bool[Tensor, " n"]:
+        """Which of a layer's tokens are sinks."""
+        residual, hidden = _norms(read)
+        return (residual > self.residual[layer]) | (hidden > self.hidden[layer])
+
+
+def _norms(read: Mapping[str, Tensor]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Norms of the residual stream and of the hidden activation, each neuron weighed as it is written."""
+    return read["residual"].norm(dim=1), (read["post"].square() @ read["weight"]).sqrt()
 
 
 def find_sinks(
@@ -47,14 +54,14 @@ def find_sinks(
     rows = pilot_rows(tokens)
 
     def measure(tap: Tap, read: dict[str, Tensor]) -> None:
-        residual, hidden = read["residual"], read["post"]
-        finite = ~not_finite(tap, read, read, rows, tokens, nonfinite)
+        residual, hidden = _norms(read)
+        finite = ~not_finite(tap, read, read.keys() - {"weight"}, rows, tokens, nonfinite)
         if not finite.any():
             raise ModelRefused(f"layer {tap.layer} gives only NaN or Inf: {_OVERFLOW}")
-        sinks.residual[tap.layer] = factor * float(residual[finite].norm(dim=1).median())
-        sinks.hidden[tap.layer] = factor * float(hidden[finite].norm(dim=1).median())
+        sinks.residual[tap.layer] = factor * float(residual[finite].median())
+        sinks.hidden[tap.layer] = factor * float(hidden[finite].median())
         if then:
-            then(tap, read, finite & ~sinks.find(tap.layer, residual, hidden))
+            then(tap, read, finite & ~sinks.find(tap.layer, read))
 
     forward(model, tokens.ids[rows], chosen, measure)
     return sinks

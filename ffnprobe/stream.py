@@ -210,7 +210,8 @@ def collect_rows(
                 use = torch.isin(seen.kind, torch.tensor([KINDS.index(kind) for kind in probe.kinds]))
                 if probe.half is not None:
                     use &= half[seen.at] == probe.half
-                statistics[name].update(probe.of(seen.sites[probe.site][use]), seen.at[use])
+                x = probe.of(seen.sites[probe.site][use])
+                statistics[name].update(x, seen.at[use].to(x.device))
 
         forward(model, tokens.ids[some], chosen, feed)
         if progress:
@@ -237,7 +238,7 @@ def _check_sites(sites: Sequence[str], chosen: Sequence[Tap]) -> None:
 
 def _activations(tap, read, sites, rows, tokens: Tokens, sinks: Sinks, nonfinite: str) -> Activations:
     kind = 2 * tokens.special[rows].flatten().long()
-    kind[sinks.find(tap.layer, read["residual"], read["post"]).cpu()] = KINDS.index("sink")
+    kind[sinks.find(tap.layer, read).cpu()] = KINDS.index("sink")
     kind[not_finite(tap, read, {*sites, "residual", "post"}, rows, tokens, nonfinite).cpu()] = KINDS.index(
         "nonfinite"
     )

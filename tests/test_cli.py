@@ -1,5 +1,6 @@
 """The commands as a user types them, on tiny saved models; and what wrong input gets."""
 
+import html
 import json
 import sys
 from collections.abc import Callable
@@ -100,6 +101,9 @@ def test_check_prints_a_line_a_layer(folder_of, run):
     ("arguments", "said"),
     [
         (["--layers", "99"], "layer 99 is not there: the FFNs are in layers 0 to 2"),
+        (["--layers", "2-0"], "layers '2-0' count down: write 0-2"),
+        (["--tokens", "16"], "of one document"),
+        (["--corpus", "single.txt"], "of one document"),
         (["--layers", "one"], "layers 'one' are not understood: write them as in 0,3-5"),
         (["--corpus", "empty.txt"], "is empty"),
         (["--corpus", "latin.txt"], "is not UTF-8 at byte 3"),
@@ -115,6 +119,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, said, folder_of, run
     Path("empty.txt").write_text(" \n")
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("a-file").write_text("")
+    Path("single.txt").write_text("one paragraph and no blank line " * 40)
     code, printed, complained = run("report", folder_of("gpt2"), *arguments)
     assert code == 2 and not printed
     assert said in complained and "Traceback" not in complained
@@ -163,3 +168,74 @@ def test_no_command_shows_the_help(run):
 @pytest.mark.parametrize(("text", "layers"), [(None, None), ("0", (0,)), ("3-5,0", (0, 3, 4, 5)), (" 1 ,1", (1,))])
 def test_layers_are_read_as_written(text, layers):
     assert parse_layers(text) == layers
+
+
+def test_every_option_reaches_the_report(folder_of, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        {"text": f"The {i}th railway met the river by the old house, and a golden spike was driven."}
+        for i in range(99)
+    ]
+    Path("my corpus.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = (
+        "--corpus",
+        "my corpus.jsonl",
+        "--tokens",
+        "480",
+        "--seed",
+        "3",
+        "--sink-factor",
+        "1.1",
+        "--layers",
+        "0,2",
+    )
+    assert run("report", folder_of("gpt2"), *options, "--out", "my run")[0] == 0
+    recorded = json.loads(Path("my run/run.json").read_text())
+    assert recorded["corpus"]["name"] == "my corpus.jsonl"
+    assert recorded["packing"]["seed"] == 3 and recorded["packing"]["tokens"] <= 480
+    ranks = pd.read_parquet("my run/tables/hidden_rank.parquet")
+    assert set(ranks.layer) == {0, 2} and ranks.sinks.max() > 0
+    page = Path("my run/report.html").read_text()
+    command = "--tokens 480 --layers 0,2 --corpus 'my corpus.jsonl' --seed 3 --sink-factor 1.1 --out 'my run'"
+    assert html.escape(command).replace("&#x27;", "&#39;") in page
+    triggers = pd.read_parquet("my run/tables/memories.parquet").triggers
+    assert any("railway" in t["before"] + t["token"] + t["after"] for t in triggers.iloc[0])
+
+
+def test_a_model_whose_values_cannot_be_read_gets_a_report_without_memories(folder_of, run, tmp_path):
+    out = tmp_path / "run"
+    code, printed, complained = run("report", folder_of("bert"), "--tokens", "512", "--out", out)
+    assert code == 0 and printed.count("\n* ") == 3
+    assert "memories is left out: " in complained
+    assert {path.stem for path in (out / "tables").iterdir()} == {"hidden_rank", "weight_rank", "neuron_clusters"}
+    code, printed, _ = run("check", folder_of("bert"))
+    assert code == 0 and "not memories" in printed
+    assert run("neuron", folder_of("bert"), "0.1")[0] == 3
+
+
+def test_a_short_context_gets_short_sequences(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.SIZES["gpt2"], "n_positions", 32)
+    folder = zoo.save("gpt2", tmp_path / "short")
+    code, _, complained = run("report", folder, "--tokens", "512", "--layers", "0", "--out", tmp_path / "run")
+    assert code == 0, complained
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["packing"]["length"] == 32
+
+
+def test_an_interrupt_ends_with_130(run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ffnprobe.models.load_model", interrupt)
+    code, _, complained = run("check", "anything")
+    assert code == 130 and "interrupted" in complained
+
+
+def test_a_full_disk_ends_with_4(folder_of, run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    code, _, complained = run(
+        "report", folder_of("gpt2"), "--tokens", "512", "--layers", "0", "--out", tmp_path / "r"
+    )
+    assert code == 4 and "No space left on device" in complained

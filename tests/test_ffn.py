@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ffnprobe.ffn import ACTIVATIONS, FFN
+from ffnprobe.models import ffns
 
 
 def random_ffn(activation: str = "gelu", gated: bool = False, d_model: int = 4, d_mlp: int = 7) -> FFN:
@@ -82,3 +83,20 @@ def test_no_two_activations_are_the_same_on_the_grid_that_detects_them():
     for i, first in enumerate(names):
         for second in names[:i]:
             assert (ACTIVATIONS[first](z) - ACTIVATIONS[second](z)).abs().max() > 4e-4, (first, second)
+
+
+def test_canonical_is_the_same_function_whatever_the_scale_and_sign_of_its_neurons(llama):
+    ffn = ffns(llama)[1]
+    a = torch.linspace(-3, 3, ffn.d_mlp)  # both signs, none zero
+    turned = replace(ffn, keys=ffn.keys * a[:, None], values=ffn.values / a[:, None])
+    x = torch.randn(5, ffn.d_model, generator=torch.Generator().manual_seed(0))
+    for layer in (ffn, turned):
+        one = layer.canonical()
+        torch.testing.assert_close(one.write(one.hidden(x)), ffn.write(ffn.hidden(x)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.keys, ffn.canonical().keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.values.norm(dim=1), torch.ones(ffn.d_mlp))
+
+
+def test_canonical_leaves_a_plain_layer_alone(gpt2):
+    ffn = ffns(gpt2)[0]
+    assert ffn.canonical() is ffn

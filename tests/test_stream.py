@@ -148,3 +148,40 @@ def test_batches_of_any_size_give_the_same_sums(llama):
     one, other = (collect(llama, tokens, {"h": Probe(1, "post", Moments.about)}, batch=b)["h"] for b in (1, 5))
     assert one.n == other.n
     assert torch.allclose(one.compute().centred, other.compute().centred, rtol=1e-5, atol=1e-6)
+
+
+def test_what_collect_gives_can_be_merged_and_updated(gpt2):
+    one, other = (
+        collect(gpt2, tokens_of(gpt2, seed=s), {"h": Probe(1, "post", Moments.about)})["h"] for s in (0, 0)
+    )
+    n = one.n
+    one.merge(other)
+    assert one.n == 2 * n and other.n == n
+    one.update(torch.zeros(3, 36), torch.arange(3))
+    assert one.n == 2 * n + 3
+
+
+def test_a_sequence_longer_than_the_model_reads_is_said(gpt2):
+    tokens = tokens_of(gpt2, sequences=17)  # 272 tokens, one sequence of them
+    long = Tokens(*(part.view(1, -1) for part in (tokens.ids, tokens.document, tokens.special)), {})
+    with pytest.raises(InputError, match="this model reads 256; pack with length=256"):
+        collect(gpt2, long, {"h": Probe(1, "post", Moments.about)})
+
+
+def test_a_sink_that_is_special_counts_as_a_sink(gpt2):
+    tokens = tokens_of(gpt2)
+    special = Tokens(tokens.ids, tokens.document, torch.ones_like(tokens.special), {})
+    kinds = [
+        torch.cat([b[1].kind for b in capture(gpt2, t, layers=[1], sink_factor=1.2)]) for t in (tokens, special)
+    ]
+    assert torch.equal(kinds[0] == 1, kinds[1] == 1) and (kinds[1] == 1).any() and (kinds[1] == 2).any()
+
+
+def test_sinks_are_above_the_factor_times_the_median(gpt2):
+    tokens = tokens_of(gpt2, sequences=4)  # the pilot sees them all
+    hidden = torch.cat([b[1].sites["post"] for b in capture(gpt2, tokens, layers=[1])]).norm(dim=1)
+    kind = torch.cat([b[1].kind for b in capture(gpt2, tokens, layers=[1], sink_factor=1.1)])
+    large = hidden > 1.1 * hidden.median()
+    assert 0 < large.sum() < len(large) / 2
+    assert set(kind[large].tolist()) == {1}
+    assert (kind[~large] == 1).float().mean() < 0.5

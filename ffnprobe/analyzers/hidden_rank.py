@@ -15,14 +15,14 @@ from torch import Tensor
 
 from .. import spectrum as sp
 from ..corpus import Tokens
+from ..errors import InputError
 from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
 from ..models import Model, ffns
-from ..result import Result, Verdict, column, most
+from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Count, Covariance, Moments
 from ..stream import SITES, Probe, choose_layers, collect, settings_of
 
-FEWEST_LAYERS = 5  # below that a sign test cannot reach 5%
 RULE = "supported if, in most layers (sign test, 5%),"
 MARK = {
     "in": ("x, read", BLUE),
@@ -57,7 +57,7 @@ class Row:
     participation_ratio_unmasked: float = column("directions", "hard rank with sinks and special tokens left in")
     soft_rank_unmasked: float = column("directions", "soft rank with sinks and special tokens left in")
     participation_ratio_null: float = column(
-        "directions", "hard rank with random weights of the same norms here; of an isotropic Gaussian for in"
+        "directions", "hard rank with random weights here, on the same input; of an isotropic Gaussian for in"
     )
     soft_rank_null: float = column("directions", "soft rank of the same null")
 
@@ -77,24 +77,42 @@ class HiddenRank(Result):
         grows = median(h.soft_rank / x.soft_rank for h, x in zip(hidden, before, strict=True))
         null = median(h.soft_rank_null / x.soft_rank for h, x in zip(hidden, before, strict=True))
         shrinks = median(y.soft_rank / h.soft_rank for y, h in zip(after, hidden, strict=True))
-        first, worst = hidden[0], max(hidden, key=lambda row: row.soft_rank / row.soft_rank_unmasked)
-        everything = worst.tokens + worst.sinks + worst.special
-        collapsed = [str(row.layer) for row in hidden if row.soft_rank > 50 * row.soft_rank_unmasked]
+        first = hidden[0]
         middle = sorted(hidden, key=lambda row: row.soft_rank)[len(hidden) // 2]
-        return [
+        sentences = [
             f"Expansion by {first.width / before[0].width:.3g} multiplies the soft rank by {grows:.2f} (median "
-            f"layer); random weights of the same norms on the same inputs: {null:.2f}. Contraction multiplies "
-            f"it by {shrinks:.2f}.",
-            f"Attention sinks: at layer {worst.layer} the soft rank of the hidden activations is "
-            f"{worst.soft_rank:.1f} with {worst.sinks} of {everything:,} tokens set apart and "
-            f"{worst.soft_rank_unmasked:.2f} with them left in. Layers where they hide over 98% of the rank: "
-            f"{', '.join(collapsed) or 'none'}.",
+            f"layer); random weights on the same inputs: {null:.2f}. Contraction multiplies it by {shrinks:.2f}.",
             f"The hidden layer has {middle.width:,} neurons and, at layer {middle.layer} (the median one), a "
             f"soft rank of {middle.soft_rank:.0f} ± {middle.soft_rank_spread:.0f} (at endless tokens "
             f"{middle.soft_rank_extrapolated:.0f}; random weights {middle.soft_rank_null:.0f}) and a "
             f"participation ratio of {middle.participation_ratio_debiased:.0f} (random weights "
             f"{middle.participation_ratio_null:.0f}).",
         ]
+        worst = max(hidden, key=lambda row: row.soft_rank / row.soft_rank_unmasked)
+        if worst.sinks and worst.soft_rank > 2 * worst.soft_rank_unmasked:
+            apart = f"{worst.sinks} sinks and {worst.special} special tokens"
+            everything = worst.tokens + worst.sinks + worst.special
+            hiding = [str(row.layer) for row in hidden if row.soft_rank > 50 * row.soft_rank_unmasked]
+            sentences.insert(
+                0,
+                f"Attention sinks: at layer {worst.layer} the soft rank of the hidden activations is "
+                f"{worst.soft_rank:.1f} with {apart} of {everything:,} set apart, and "
+                f"{worst.soft_rank_unmasked:.2f} with them left in. Layers where they hide over 98% of the "
+                f"rank: {', '.join(hiding) or 'none'}.",
+            )
+        unsure = [str(row.layer) for row in hidden if row.soft_rank_spread > 0.1 * row.soft_rank]
+        if unsure:
+            sentences.append(
+                f"Not settled: at layers {', '.join(unsure)} the soft rank of the hidden activations differs by "
+                "more than a fifth between the halves of the documents: a few large tokens below the sink "
+                "threshold carry it."
+            )
+        if first.tokens < first.width:
+            sentences.append(
+                f"Few tokens: {first.tokens:,} for {first.width:,} neurons. No rank exceeds the number of tokens, "
+                "and the debiased ratio is noisy: give more tokens."
+            )
+        return sentences
 
     def verdicts(self) -> list[Verdict]:
         before, hidden, after = self.site("in"), self.site("post"), self.site("out")
@@ -111,7 +129,7 @@ class HiddenRank(Result):
                 rule=f"{RULE} the soft rank of h exceeds that of x by more than the document spread, and exceeds "
                 "that of random weights on the same x; mixed if only the first holds",
                 measured=f"h above x in {wider} of {n} layers, h above random weights in {learnt} of {n}",
-                verdict=_judge(most(wider, n), most(learnt, n)),
+                verdict=_judge(beyond(wider, n), beyond(learnt, n)),
                 against="An untrained random layer already raises the linear rank, up to 1.9 d for ReLU; and no "
                 "smooth map can raise the dimension of the data manifold, however wide it is.",
             ),
@@ -120,7 +138,7 @@ class HiddenRank(Result):
                 rule=f"{RULE} the soft rank of y is below that of h by more than the document spread, and "
                 "below that of random values on the same h; mixed if only the first holds",
                 measured=f"y below h in {narrower} of {n} layers, y below random values in {chosen} of {n}",
-                verdict=_judge(most(narrower, n), most(chosen, n)),
+                verdict=_judge(beyond(narrower, n), beyond(chosen, n)),
                 against="y has only d_model dimensions, so part of the fall in rank is forced by the shape; a "
                 "low rank does not show that what was dropped did not matter.",
             ),
@@ -184,12 +202,28 @@ def probes(layers: Sequence[FFN], seed: int = 0) -> dict[str, Probe]:
             probe = Probe(ffn.layer, site, Moments.about)
             if site in ("pre", "up"):
                 # z is linear in x: d_model numbers tell its spectrum, for d_model^2 of work instead of d_mlp^2
-                probe = Probe(ffn.layer, "in", Moments.about, of=_reading(ffn, site))
+                probe = Probe(ffn.layer, "in", Moments.about, of=_reading(ffn.canonical(), site))
+            elif site == "post" and ffn.gated:
+                probe = replace(probe, of=_scaling(ffn))
             wanted |= {f"{prefix}/{site}/{half}": replace(probe, half=half) for half in (0, 1)}
             wanted[f"{prefix}/{site}/dropped"] = replace(probe, kinds=("sink", "special"))
-        wanted[f"{prefix}/post/null"] = Probe(ffn.layer, "in", Moments.about, of=ffn.randomised(seed).hidden)
+        null = ffn.canonical().randomised(seed)
+        wanted[f"{prefix}/post/null"] = Probe(ffn.layer, "in", Moments.about, of=null.hidden)
         wanted[f"{prefix}/sinks"] = Probe(ffn.layer, "in", Count.about, kinds=("sink",))
     return wanted
+
+
+def check_documents(tokens: Tokens) -> None:
+    """Refuse, before the model is run, text whose two halves cannot be compared.
+
+    Raises:
+        InputError: fewer than two documents.
+    """
+    if tokens.n_documents < 2:
+        raise InputError(
+            f"got {tokens.n} tokens of one document: ranks are compared between documents; "
+            "give a corpus of several (a .txt has one a paragraph), and more tokens"
+        )
 
 
 def hidden_rank(
@@ -203,6 +237,11 @@ def hidden_rank(
 ) -> HiddenRank:
     """Every rank of what each FFN reads, holds and writes, with nulls, sinks set apart.
 
+    On a gated FFN, h is each neuron's contribution (h_i times the norm of its value) and up likewise: a
+    neuron's scale alone is a gauge (see `FFN.canonical`). The null of h is the layer with random weights on
+    the same inputs, each random neuron brought to the variance of the trained one: without that, a few
+    random neurons that happen to meet the mean of x decide it, and two draws differ by a factor of ten.
+
     Args:
         layers: the layers to measure; all by default.
         seed: of the null's random weights.
@@ -210,14 +249,14 @@ def hidden_rank(
         collecting: passed to `collect` (batch, sink_factor, progress).
 
     Raises:
-        InputError: a layer that is not there.
-        ValueError: fewer than four ordinary tokens in a half of the documents.
+        InputError: a layer that is not there, or a single document.
     """
     chosen = {tap.layer for tap in choose_layers(model, layers)}
     measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    check_documents(tokens)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, seed), **collecting)
-    rows = [row for ffn in measured for row in _layer_rows(ffn, statistics, ffn.randomised(seed))]
+    rows = [row for ffn in measured for row in _layer_rows(ffn.canonical(), statistics, seed)]
     return HiddenRank(rows, settings_of(model, tokens, seed, **collecting))
 
 
@@ -244,8 +283,13 @@ def _reading(ffn: FFN, site: str) -> Callable[[Tensor], Tensor]:
     return lambda x: x @ matrix.mT + offset
 
 
-def _layer_rows(ffn: FFN, statistics: Mapping[str, Any], null: FFN) -> list[Row]:
-    prefix = f"hidden_rank/{ffn.layer}"
+def _scaling(ffn: FFN) -> Callable[[Tensor], Tensor]:
+    gauge = ffn.gauge
+    return lambda hidden: hidden * gauge
+
+
+def _layer_rows(ffn: FFN, statistics: Mapping[str, Any], seed: int) -> list[Row]:
+    prefix, null = f"hidden_rank/{ffn.layer}", ffn.randomised(seed)
     sinks = statistics[f"{prefix}/sinks"].n
     rows, spectra, covariances = [], {}, {}
     for site in _sites(ffn):
@@ -258,7 +302,7 @@ def _layer_rows(ffn: FFN, statistics: Mapping[str, Any], null: FFN) -> list[Row]
         unmasked = sp.eigenvalues(everything.compute().centred)
         half_ranks = [sp.soft_rank(sp.eigenvalues(half.compute().centred)) for half in halves]
         soft = sp.soft_rank(spectra[site])
-        entropy_gain = torch.tensor(half_ranks).log().mean() - torch.tensor(soft).log()
+        lost = torch.tensor(soft).log() - torch.tensor(half_ranks).log().mean()  # by halving the tokens
         width = ffn.d_model if site in ("in", "out") else ffn.d_mlp
         null_pr, null_soft = _null_ranks(site, ffn, null, covariances, statistics[f"{prefix}/post/null"])
         rows.append(
@@ -272,13 +316,13 @@ def _layer_rows(ffn: FFN, statistics: Mapping[str, Any], null: FFN) -> list[Row]
                 participation_ratio=sp.participation_ratio(spectra[site]),
                 participation_ratio_debiased=kept.participation_ratio(),
                 soft_rank=soft,
-                soft_rank_extrapolated=min(width, soft * float(torch.exp(-entropy_gain))),
+                soft_rank_extrapolated=min(width, soft * float(lost.exp())),
                 soft_rank_spread=abs(half_ranks[0] - half_ranks[1]) / 2,
                 erank_rv=sp.erank_rv(spectra[site]),
                 stable_rank=sp.stable_rank(spectra[site]),
                 rank_at_90=sp.rank_at_energy(spectra[site], 0.90),
                 rank_at_99=sp.rank_at_energy(spectra[site], 0.99),
-                numerical_rank=sp.numerical_rank(spectra[site], width),
+                numerical_rank=sp.numerical_rank(spectra[site]),
                 early_enrichment=sp.early_enrichment(_padded(spectra[site], width)),
                 divergence_from_pre=_divergence(spectra, site),
                 participation_ratio_uncentred=sp.participation_ratio(uncentred),
@@ -299,6 +343,9 @@ def _null_ranks(
         return sp.isotropic_ranks(ffn.d_model, covariances["in"].n)
     if site == "post":
         through = null_hidden.compute().centred
+        trained = covariances["post"].centred.diagonal()
+        scale = (trained / through.diagonal().clamp(min=torch.finfo(through.dtype).tiny)).sqrt()
+        through = scale[:, None] * through * scale
     elif site == "out":
         through = einsum(
             null.values.double(), covariances["post"].centred, null.values.double(), "i d, i j, j e -> d e"

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from ..corpus import Tokens, context
 from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..models import Model, ffns, tokenizer_of, unembedding
-from ..result import Result, Verdict, column
+from ..models import Model, ffns, output_gain, tokenizer_of, unembedding
+from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import FiringRate, TopActivations
 from ..stream import Probe, choose_layers, collect, settings_of
 
@@ -33,12 +33,10 @@ class Row:
     firing_rate: float = column(
         "0..1", "share of ordinary tokens with a positive pre-activation (the gate's, when gated)"
     )
-    activation: float = column(
-        "", "hidden activation at the strongest trigger; on a gated FFN its sign is a gauge"
-    )
-    value_norm: float = column("", "norm of the value")
+    tokens: int = column("tokens", "ordinary tokens seen: neither sinks nor special")
+    contribution: float = column("", "hidden activation times the norm of the value, at the strongest trigger")
     key_value_cosine: float = column("-1..1", "cosine of key and value")
-    triggers: list[dict] = column("", "strongest contexts: at (token index), activation, before, token, after")
+    triggers: list[dict] = column("", "strongest contexts: at (token index), contribution, before, token, after")
     purity: float = column("0..1", "share of the triggers that are their commonest token")
     next_token: str = column("", "what follows the strongest trigger; empty where the document ends")
     promotes: list[str] = column(
@@ -80,30 +78,36 @@ class Memories(Result):
         return [_layer_memory(layer, list(rows)) for layer, rows in groupby(self.rows, key=lambda row: row.layer)]
 
     def findings(self) -> list[str]:
-        layers, seen = self.layers(), self.settings["tokens"]
+        layers, fewest = self.layers(), min(row.tokens for row in self.rows)
         best = max(layers, key=lambda layer: layer.agreement - layer.shuffled)
         above = sum(layer.above_shuffled for layer in layers)
         silent = sum(row.firing_rate == 0 for row in self.rows)
-        return [
-            "Key and value agree (the token that the value raises most follows the strongest trigger) most often "
-            f"at layer {best.layer}: {best.agreement:.2%} of its neurons, with shuffled values "
+        agreement = (
+            f"most often at layer {best.layer}: {best.agreement:.2%} of its neurons, with shuffled values "
             f"{best.shuffled:.2%} ± {best.shuffled_sd:.2%}; above shuffled by 2 sd in {above} of {len(layers)} "
-            "layers.",
-            f"{silent:,} of {len(self.rows):,} neurons never had a positive pre-activation on {seen:,} tokens: "
-            f"each of them fires on fewer than {3 / seen:.2g} of all tokens (95%).",
+            "layers."
+        )
+        return [
+            "Key and value agree (the token that the value raises most follows the strongest trigger) "
+            + (agreement if above else f"no more often than with shuffled values in any of {len(layers)} layers."),
+            f"{silent:,} of {len(self.rows):,} neurons never had a positive pre-activation on {fewest:,} or more "
+            f"ordinary tokens: it is positive on fewer than {3 / fewest:.2g} of all such tokens (95%).",
         ]
 
     def verdicts(self) -> list[Verdict]:
         layers = self.layers()
         above, n = sum(layer.above_shuffled for layer in layers), len(layers)
+        if n < FEWEST_LAYERS:
+            return []
         return [
             Verdict(
                 claim=4,
                 rule="mixed if the agreement rate exceeds that of shuffled values by 2 sd in more than a tenth of "
-                "the layers; never more, because width as memory, and quantisation, are not measured here",
+                "the layers (binomial test, 5%); never more, because width as memory, and quantisation, are not "
+                "measured here",
                 measured=f"above shuffled in {above} of {n} layers; at the best layer "
                 f"{max(layer.agreement for layer in layers):.2%} of the neurons agree",
-                verdict="mixed" if above > max(1, n / 10) else "not supported",
+                verdict="mixed" if beyond(above, n, 0.1) else "not supported",
                 against="Over 80% of token detectors write against their own trigger (Voita et al. 2023); "
                 "positional, entropy and sink neurons retrieve no text; editing neurons rarely changes the answer "
                 "(Niu et al. 2024).",
@@ -175,9 +179,10 @@ def memories(
 ) -> Memories:
     """Every neuron's strongest contexts and its value read in the vocabulary (Geva et al. 2021, 2022).
 
-    Values are read through the unembedding with the final norm's gain folded in, in the direction in which
-    the neuron writes at its strongest trigger; so nothing here changes when a gated neuron's key and value
-    swap signs. Triggers are ordinary tokens: neither attention sinks nor special.
+    Values are read through the unembedding with the final norm's gain folded in (and the gain of a norm behind
+    the FFN, where there is one), in the direction in which the neuron writes at its strongest trigger; so nothing
+    here changes when a gated neuron's key and value swap signs or scales. Triggers are ordinary tokens: neither
+    attention sinks nor special.
 
     Args:
         layers: the layers to measure; all by default.
@@ -205,7 +210,9 @@ def memories(
     rows = [
         row
         for ffn in measured
-        for row in _layer_rows(ffn, tokens, statistics, vocabulary, words, window, readings)
+        for row in _layer_rows(
+            ffn, tokens, statistics, vocabulary, words, window, readings, output_gain(model, ffn.layer)
+        )
     ]
     settings = settings_of(model, tokens, seed, **collecting)
     settings |= {"triggers": triggers, "readings": readings, "vocabulary": "folded", "weights": "raw"}
@@ -223,32 +230,36 @@ def read_values(
     scores = (chunk @ vocabulary.mT for chunk in values.split(rows))
     ends = [(score.topk(k, dim=1).indices, score.topk(k, dim=1, largest=False).indices) for score in scores]
     raised, lowered = zip(*ends, strict=True)
-    return torch.cat(raised), torch.cat(lowered)
+    return torch.cat(raised).cpu(), torch.cat(lowered).cpu()
 
 
-def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window, readings: int) -> list[Row]:
+def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window, readings: int, gain) -> list[Row]:
     top = statistics[f"memories/{ffn.layer}/top"].compute()
     rate = statistics[f"memories/{ffn.layer}/rate"].compute()
-    written = ffn.values * torch.where(top.activation[:, :1] < 0, -1.0, 1.0).to(ffn.values)
+    activation, at = top.activation.cpu(), top.at.cpu()
+    values = ffn.values if gain is None else ffn.values * gain
+    written = values * torch.where(activation[:, :1] < 0, -1.0, 1.0).to(values)
     raised, lowered = read_values(written, vocabulary, readings)
-    following = _next_tokens(tokens, top.at[:, 0])
+    following = _next_tokens(tokens, at[:, 0])
     agrees = raised[:, 0] == following
     votes = torch.bincount(raised[:, 0], minlength=len(vocabulary)).double() / len(raised)
     chance = torch.where(following < 0, 0.0, votes[following.clamp(min=0)])
     cosine = torch.nn.functional.cosine_similarity(ffn.keys, ffn.values, dim=1)
-    norm = ffn.values.norm(dim=1)
-    ids = tokens.ids.flatten()[top.at].tolist()
+    contribution = activation * ffn.values.norm(dim=1, keepdim=True).cpu()
+    if ffn.gated:
+        contribution = contribution.abs()  # which sign the key has is a gauge
+    places, ids = at.tolist(), tokens.ids.flatten()[at].tolist()
     return [
         Row(
             layer=ffn.layer,
             neuron=i,
             firing_rate=float(rate[i]),
-            activation=float(top.activation[i, 0]),
-            value_norm=float(norm[i]),
+            tokens=statistics[f"memories/{ffn.layer}/rate"].n,
+            contribution=float(contribution[i, 0]),
             key_value_cosine=float(cosine[i]),
             triggers=[
-                {**window(at), "activation": activation}
-                for at, activation in zip(top.at[i].tolist(), top.activation[i].tolist(), strict=True)
+                {**window(at), "contribution": size}
+                for at, size in zip(places[i], contribution[i].tolist(), strict=True)
             ],
             purity=Counter(ids[i]).most_common(1)[0][1] / len(ids[i]),
             next_token=words[following[i]] if following[i] >= 0 else "",

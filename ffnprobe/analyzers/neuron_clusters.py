@@ -75,7 +75,7 @@ class NeuronClusters(Result):
 
     @styled
     def plot(self) -> Figure:
-        figure, (stable, agree) = new_figure(2, caption(self.settings, f"{self.settings['clusters']} clusters"))
+        figure, (stable, agree) = new_figure(2, caption(self.settings, f"{self.rows[0].clusters} clusters"))
         for view, (mark, colour) in MARK.items():
             rows = self.view(view)
             if not rows:
@@ -131,11 +131,14 @@ def neuron_clusters(
         InputError: a layer that is not there.
     """
     chosen = {tap.layer for tap in choose_layers(model, layers)}
+    nulls: dict = {}  # by shape: Gaussian rows know nothing of the layer
     rows = [
         row
         for ffn in ffns(model)
         if ffn.layer in chosen
-        for row in _layer_rows(ffn, min(clusters, max(2, ffn.d_mlp // 4)), range(seed, seed + seeds), permutations)
+        for row in _layer_rows(
+            ffn, min(clusters, max(2, ffn.d_mlp // 4)), range(seed, seed + seeds), permutations, nulls
+        )
     ]
     settings = {"clusters": clusters, "seeds": seeds, "permutations": permutations, "seed": seed}
     return NeuronClusters(rows, {"model": describe(model)["name"], "weights": "raw", **settings})
@@ -155,14 +158,17 @@ def _cluster(rows: Float[Tensor, "n d"], clusters: int, seeds: Sequence[int], si
     return _Clustering(labels, fit, float(np.mean(pairs)) if pairs else float("nan"))
 
 
-def _layer_rows(ffn: FFN, clusters: int, seeds: Sequence[int], permutations: int) -> list[Row]:
+def _layer_rows(ffn: FFN, clusters: int, seeds: Sequence[int], permutations: int, nulls: dict) -> list[Row]:
     matrices = {"keys": ffn.keys, "gates": ffn.gates, "values": ffn.values}
     views = {view: rows.detach().float().cpu() for view, rows in matrices.items() if rows is not None}
     signed = {view: view == "gates" or not ffn.gated for view in views}
     found = {view: _cluster(rows, clusters, seeds, signed[view]) for view, rows in views.items()}
-    generator = torch.Generator().manual_seed(seeds[0])
-    gaussian = torch.randn(ffn.values.shape, generator=generator)
-    null = {sign: _cluster(gaussian, clusters, seeds, sign) for sign in set(signed.values())}
+    generator = torch.Generator().manual_seed(1_000_003 * seeds[0] + ffn.layer)
+    for sign in set(signed.values()):
+        if (ffn.values.shape, sign) not in nulls:
+            gaussian = torch.randn(ffn.values.shape, generator=generator)
+            nulls[ffn.values.shape, sign] = _cluster(gaussian, clusters, seeds, sign)
+    null = {sign: nulls[ffn.values.shape, sign] for sign in signed.values()}
     values = found["values"].labels.numpy()
     shuffled = [values[torch.randperm(len(values), generator=generator).numpy()] for _ in range(permutations)]
     return [

@@ -39,8 +39,6 @@ class Row:
     spikes: int = column(
         "directions", "eigenvalues above the noise edge: the largest of shuffled rows and 99.9% of its play"
     )
-    norm_mean: float = column("", "mean norm of a row")
-    norm_cv: float = column("", "standard deviation of the row norms over their mean")
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,8 @@ class WeightRank(Result):
 def weight_rank(model: Model, *, layers: Sequence[int] | None = None, draws: int = 3, seed: int = 0) -> WeightRank:
     """Ranks of every layer's keys, gates and values (raw weights) beside Gaussian rows of the same norms.
 
+    On a gated FFN the values are taken at unit norm and the keys carry their norms (`FFN.canonical`).
+
     Args:
         layers: the layers to measure; all by default.
         draws: Gaussian matrices of the null.
@@ -111,8 +111,7 @@ def weight_rank(model: Model, *, layers: Sequence[int] | None = None, draws: int
     generator = torch.Generator().manual_seed(seed)
     rows = [
         _row(ffn, matrix, rows.detach().cpu().double(), draws, generator)
-        for ffn in ffns(model)
-        if ffn.layer in chosen
+        for ffn in (layer.canonical() for layer in ffns(model) if layer.layer in chosen)
         for matrix, rows in (("keys", ffn.keys), ("gates", ffn.gates), ("values", ffn.values))
         if rows is not None
     ]
@@ -127,6 +126,8 @@ def _row(ffn: FFN, matrix: str, rows: Float[Tensor, "n d"], draws: int, generato
         gaussian = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
         nulls.append(sp.gram_eigenvalues(gaussian * (norms / gaussian.norm(dim=1))[:, None]))
     shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator).argsort(dim=1))
+    # signs as well, or an offset that all entries share would be taken for noise
+    shuffled *= torch.randint(2, rows.shape, generator=generator) * 2 - 1
     edge = float(sp.gram_eigenvalues(shuffled)[0]) + _edge_width(rows)
     soft = torch.tensor([sp.soft_rank(null) for null in nulls])
     return Row(
@@ -144,8 +145,6 @@ def _row(ffn: FFN, matrix: str, rows: Float[Tensor, "n d"], draws: int, generato
         stable_rank=sp.stable_rank(spectrum),
         stable_rank_null=_mean([sp.stable_rank(null) for null in nulls]),
         spikes=int((spectrum > edge).sum()),
-        norm_mean=float(norms.mean()),
-        norm_cv=float(norms.std(correction=0) / norms.mean()),
     )
 
 

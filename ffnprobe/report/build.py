@@ -8,21 +8,23 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
-from ..analyzers.hidden_rank import HiddenRank
+from ..analyzers.hidden_rank import HiddenRank, check_documents
 from ..analyzers.hidden_rank import probes as rank_probes
 from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
 from ..analyzers.memories import probes as memory_probes
 from ..analyzers.neuron_clusters import NeuronClusters
 from ..analyzers.weight_rank import WeightRank
-from ..corpus import load_corpus, load_dataset_corpus, pack
+from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
 from ..errors import InputError
 from ..executors import Executor
 from ..figure import save_figure
-from ..models import describe, ffns, load_model, tokenizer_of
+from ..models import context_length, describe, ffns, load_model, reads_vocabulary, tokenizer_of
+from ..result import Result
 from ..run import note, read_run, run
 from ..shards import Work
 from ..statistics import Statistic
@@ -53,13 +55,13 @@ class Settings:
         """The command line that makes this report again."""
         options = [f"--tokens {self.tokens}"] if self.tokens != Settings.tokens else []
         options += [f"--layers {','.join(map(str, self.layers))}"] if self.layers is not None else []
-        options += [f"--{name} {value}" for name in ("corpus", "dataset") if (value := getattr(self, name))]
+        options += [f"--{name} {quote(value)}" for name in ("corpus", "dataset") if (value := getattr(self, name))]
         options += [f"--seed {self.seed}"] if self.seed else []
         options += [f"--sink-factor {self.sink_factor:g}"] if self.sink_factor != SINK_FACTOR else []
         options += [f"--nonfinite {self.nonfinite}"] if self.nonfinite != "stop" else []
         options += [f"--batch {self.batch}"] if self.batch != BATCH else []
         options += [f"--shard {self.shard}"] if self.shard else []
-        return " ".join(["ffnprobe report", self.model, *options, f"--out {out}"])
+        return " ".join(["ffnprobe report", quote(self.model), *options, f"--out {quote(out)}"])
 
 
 def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
@@ -69,9 +71,15 @@ def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     chosen = {tap.layer for tap in choose_layers(model, settings.layers)}
     measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
     corpus = load_dataset_corpus(settings.dataset) if settings.dataset else load_corpus(settings.corpus)
-    tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, seed=settings.seed)
+    length = min(LENGTH, context_length(model))
+    tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
+    check_documents(tokens)
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
-    wanted = rank_probes(measured, settings.seed) | memory_probes(measured)
+    wanted = rank_probes(measured, settings.seed)
+    if illegible := reads_vocabulary(model):
+        say(f"memories is left out: {illegible}")
+    else:
+        wanted |= memory_probes(measured)
     return Work(model, tokens, wanted, settings.batch, settings.shard, settings.sink_factor, settings.nonfinite)
 
 
@@ -101,14 +109,18 @@ def build_report(
             name: getattr(settings, name) for name in ("batch", "sink_factor", "nonfinite")
         }
         streamed = shared | collecting | {"statistics": outcome.statistics}
-        for name, measure in (
-            ("hidden_rank", lambda: hidden_rank(work.model, work.tokens, **streamed)),
-            ("memories", lambda: memories(work.model, work.tokens, **streamed)),
-            ("weight_rank", lambda: weight_rank(work.model, **shared)),
-            ("neuron_clusters", lambda: neuron_clusters(work.model, **shared)),
-        ):
+        analyses: dict[str, Callable[[], Result]] = {
+            "hidden_rank": lambda: hidden_rank(work.model, work.tokens, **streamed),
+            "memories": lambda: memories(work.model, work.tokens, **streamed),
+            "weight_rank": lambda: weight_rank(work.model, **shared),
+            "neuron_clusters": lambda: neuron_clusters(work.model, **shared),
+        }
+        measured = {name.partition("/")[0] for name in work.probes} | {"weight_rank", "neuron_clusters"}
+        for name in filter(measured.__contains__, analyses):
             say(f"measuring {name}")
-            measure().save(Path(out) / "tables" / f"{name}.parquet")
+            analyses[name]().save(Path(out) / "tables" / f"{name}.parquet")
+            for done in [of for of in outcome.statistics if of.startswith(f"{name}/")]:
+                del outcome.statistics[done]  # the covariances are by far the most of the memory
         about = About(
             model=describe(work.model),
             corpus=work.tokens.settings["corpus"],
@@ -119,7 +131,10 @@ def build_report(
             seconds=outcome.seconds + time.perf_counter() - started,
             versions=read_run(out)["versions"],
         )
-        note(out, packing=work.tokens.settings, bit_equal=outcome.bit_equal, about=about)
+        packing = work.tokens.settings
+        corpus = {"name": packing["corpus"], "sha256": packing["corpus_sha256"]}
+        made = {"model": describe(work.model), "corpus": corpus, "packing": packing, "tables": sorted(measured)}
+        note(out, **made, bit_equal=outcome.bit_equal, about=about)
         say("drawing the figures and the page")
         return render_run(out)
 
@@ -134,13 +149,15 @@ def render_run(folder: str | Path) -> list[str]:
         InputError: the folder is no finished run.
     """
     folder = Path(folder)
-    about = read_run(folder).get("about")
-    if about is None:
+    recorded = read_run(folder)
+    if (about := recorded.get("about")) is None:
         raise InputError(f"{folder} is not finished: give the command that began it again")
-    results = [kind.load(folder / "tables" / f"{kind.name}.parquet") for kind in RESULTS]
+    kinds = [kind for kind in RESULTS if kind.name in recorded["tables"]]
+    results = [kind.load(folder / "tables" / f"{kind.name}.parquet") for kind in kinds]
     for result in results:
         save_figure(result.plot(), folder / "figures" / result.name)
-    write_page(folder / "report.html", about, results, cards(results[1].rows))
+    neurons = [neuron for result in results if isinstance(result, Memories) for neuron in cards(result.rows)]
+    write_page(folder / "report.html", about, results, neurons)
     return top_findings(results)
 
 
@@ -154,7 +171,7 @@ def cards(rows: Sequence[Memory], each: int = CARDS) -> list[NeuronCard]:
     """Cards of the neurons that contribute most at their strongest trigger, `each` of every layer."""
     chosen: list[NeuronCard] = []
     for _, layer in groupby(rows, key=lambda row: row.layer):
-        strongest = sorted(layer, key=lambda row: abs(row.activation) * row.value_norm, reverse=True)
+        strongest = sorted(layer, key=lambda row: abs(row.contribution), reverse=True)
         chosen += [card(row) for row in strongest[:each]]
     return chosen
 
@@ -164,12 +181,12 @@ def card(row: Memory) -> NeuronCard:
     return NeuronCard(
         layer=row.layer,
         neuron=row.neuron,
-        contexts=tuple((t["before"], t["token"], t["after"], t["activation"]) for t in row.triggers),
+        contexts=tuple((t["before"], t["token"], t["after"], t["contribution"]) for t in row.triggers),
         promotes=tuple(row.promotes),
         suppresses=tuple(row.suppresses),
         numbers={
             "firing rate": row.firing_rate,
-            "value norm": row.value_norm,
+            "contribution": row.contribution,
             "cosine of key and value": row.key_value_cosine,
             "purity of the triggers": row.purity,
             "agreement": row.agrees,

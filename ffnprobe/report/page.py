@@ -33,7 +33,7 @@ LONGEST_TABLE = 200  # rows; a longer one is for a data frame
 
 
 class About(TypedDict):
-    """What was probed and how. Nothing in it is a date: the same run gives the same page."""
+    """What was probed and how. Nothing in it is a date."""
 
     model: dict[str, Any]  # name, architecture, n_layers, d_model, d_vocab, dtype, note ("" for none)
     corpus: str

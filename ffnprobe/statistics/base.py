@@ -23,7 +23,7 @@ class Statistic(ABC):
     fixed: ClassVar[tuple[str, ...]] = ()  # tensors that are set at the start and equal in every partner
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = dict(state)
+        self._state = {name: tensor.clone() for name, tensor in state.items()}
 
     def update(self, x: Float[Tensor, "n width"], at: Int[Tensor, " n"]) -> None:
         """Take in a batch: one row a token, and each token's flat index in the corpus."""

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ffnprobe import memories
-from ffnprobe.analyzers.memories import Memories, read_values
-from ffnprobe.models import ffns, unembedding
+from ffnprobe.analyzers.memories import Memories, Row, _word, read_values
+from ffnprobe.models import ffns, output_gain, plain, tokenizer_of, unembedding
 from ffnprobe.stream import capture
 
 
@@ -22,9 +22,8 @@ def test_triggers_are_the_strongest_ordinary_tokens(architecture, model_of, toke
     ranked = hidden.abs() if ffns(model)[1].gated else hidden
     for row in result.rows:
         best = ranked[:, row.neuron].topk(3).indices
-        assert [t["activation"] for t in row.triggers] == pytest.approx(
-            hidden[best, row.neuron].tolist(), rel=1e-5
-        )
+        size = ranked[best, row.neuron] * ffns(model)[1].values[row.neuron].norm()
+        assert [t["contribution"] for t in row.triggers] == pytest.approx(size.tolist(), rel=1e-5)
         assert [t["at"] for t in row.triggers] == at[best].tolist()
         assert not text.special.flatten()[at[best]].any()
 
@@ -102,7 +101,7 @@ def test_a_gated_neuron_with_key_and_value_negated_reads_the_same(planted, model
         assert [t["at"] for t in a.triggers] == [t["at"] for t in b.triggers]
         assert a.firing_rate == b.firing_rate
         assert a.key_value_cosine == pytest.approx(b.key_value_cosine, abs=1e-5)
-        assert abs(a.activation) * a.value_norm == pytest.approx(abs(b.activation) * b.value_norm, rel=1e-4)
+        assert a.contribution == pytest.approx(b.contribution, rel=1e-4)
 
 
 def test_a_key_with_a_bias_far_below_zero_never_fires(planted, model_of, tokens):
@@ -120,3 +119,61 @@ def test_the_table_round_trips(gpt2, tokens, tmp_path):
     again = Memories.load(result.save(tmp_path / "t.parquet"))
     assert list(again.rows) == list(result.rows)
     assert again.findings() == result.findings()
+
+
+def layer_rows(layer: int, agree: int, n: int = 200) -> list[Row]:
+    """A layer in which `agree` of n neurons agree, where chance would give one."""
+    numbers = {
+        name: 1.0 if "float" in kind else [] if "list" in kind else 1 for name, kind in Row.__annotations__.items()
+    }
+    numbers |= {"layer": layer, "next_token": "a", "agrees_shuffled": 1 / n}
+    return [Row(**{**numbers, "neuron": i, "agrees": i < agree}) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "verdict"), [(0, "not supported"), (2, "not supported"), (7, "mixed"), (20, "mixed")]
+)
+def test_the_verdict_follows_its_rule(layers, verdict):
+    rows = [row for layer in range(20) for row in layer_rows(layer, agree=20 if layer < layers else 1)]
+    assert [v.verdict for v in Memories(rows, {}).verdicts()] == [verdict]
+    assert Memories(rows[:600], {}).verdicts() == []  # of three layers nothing is said
+
+
+def test_shuffled_sd_is_that_of_random_pairings():
+    summary = Memories(layer_rows(0, 2), {}).layers()[0]
+    assert summary.agreement == pytest.approx(2 / 200)
+    assert summary.shuffled == pytest.approx(1 / 200)
+    assert summary.shuffled_sd == pytest.approx((1 / 200 * 199 / 200 / 200) ** 0.5)
+    assert not summary.above_shuffled  # 2 is within 2 sd of 1
+
+
+def test_what_follows_the_last_token_of_a_document_is_nothing(gpt2, tokens):
+    text = tokens(gpt2, document=2)  # a separator and one token: nothing follows any trigger
+    result = memories(gpt2, text, layers=[0])
+    assert {row.next_token for row in result.rows} == {""}
+    assert not any(row.agrees or row.agrees_shuffled for row in result.rows)
+
+
+def test_raised_and_lowered_words_are_those_of_the_written_direction(gpt2, tokens):
+    result = memories(gpt2, tokens(gpt2), layers=[2], readings=3)
+    words = [_word(tokenizer_of(gpt2), i) for i in range(300)]
+    hidden, _ = strongest(gpt2, tokens(gpt2), 2)
+    for row in result.rows:
+        sign = 1.0 if hidden[:, row.neuron].max() >= 0 else -1.0
+        scores = unembedding(gpt2) @ ffns(gpt2)[2].values[row.neuron] * sign
+        assert row.promotes == [words[i] for i in scores.topk(3).indices]
+        assert row.suppresses == [words[i] for i in (-scores).topk(3).indices]
+
+
+def test_values_behind_a_norm_are_read_with_its_gain(model_of, tokens):
+    model = model_of("gemma2")
+    gain = 1 + plain(model).model.layers[2].post_feedforward_layernorm.weight
+    assert torch.allclose(output_gain(model, 2), gain, rtol=1e-4)
+    row = memories(model, tokens(model), layers=[2]).rows[5]
+    sign = (
+        1.0
+        if strongest(model, tokens(model), 2)[0][:, 5].abs().max() in strongest(model, tokens(model), 2)[0][:, 5]
+        else -1.0
+    )
+    scores = unembedding(model) @ (ffns(model)[2].values[5] * gain) * sign
+    assert row.promotes[0] == _word(tokenizer_of(model), int(scores.argmax()))
