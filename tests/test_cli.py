@@ -239,3 +239,12 @@ def test_a_full_disk_ends_with_4(folder_of, run, tmp_path, monkeypatch):
         "report", folder_of("gpt2"), "--tokens", "512", "--layers", "0", "--out", tmp_path / "r"
     )
     assert code == 4 and "No space left on device" in complained
+
+
+def test_check_shows_the_layers_that_fail_and_refuses_the_model(folder_of, run, monkeypatch):
+    monkeypatch.setattr("ffnprobe.check.ACTIVATIONS", {})  # as if this nonlinearity were none that we know
+    code, printed, complained = run("check", folder_of("gpt2"))
+    assert code == 3 and printed.count("its activation is gelu_tanh") == 3
+    assert "failed the self-check: layer 0" in complained and "analyzers apply" not in printed
+    code, _, complained = run("report", folder_of("gpt2"))
+    assert code == 3 and "failed the self-check: layer 0" in complained

@@ -104,8 +104,7 @@ class HiddenRank(Result):
         if unsure:
             sentences.append(
                 f"Not settled: at layers {', '.join(unsure)} the soft rank of the hidden activations differs by "
-                "more than a fifth between the halves of the documents: a few large tokens below the sink "
-                "threshold carry it."
+                "more than a fifth between the halves of the documents."
             )
         if first.tokens < first.width:
             sentences.append(
