@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,16 +56,39 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
     seed: Seed = 0,
     sink_factor: SinkFactor = 10.0,
+    nonfinite: Annotated[str, typer.Option(help="At a NaN or Inf: stop, or skip its token.")] = "stop",
+    batch: Annotated[int, typer.Option(help="Sequences a forward pass.", min=1)] = 8,
+    shard: Annotated[
+        int | None,
+        typer.Option(help="Tokens a shard: what a crash may cost. 8,192 or more by default.", min=1),
+    ] = None,
+    executor: Annotated[str, typer.Option(help="inline, process, rank (torchrun, SLURM) or ray.")] = "inline",
+    workers: Annotated[int, typer.Option(help="Processes that share the cores.", min=1)] = 2,
 ) -> None:
-    """Measure a model's feed-forward layers and write tables, figures and report.html."""
+    """Measure a model's feed-forward layers and write tables, figures and report.html.
+
+    The same command again goes on where it stopped. A run folder in the place of MODEL is drawn again from
+    what it holds, without the model.
+    """
     if corpus and dataset:
         raise InputError("got both --corpus and --dataset: give one of them")
-    from .report.build import Settings, build_report
+    from .report.build import Settings, build_report, render_run
 
-    settings = Settings(model, tokens, parse_layers(layers), corpus, dataset, seed, sink_factor)
-    folder = out or Path("runs") / (Path(model).resolve().name if Path(model).exists() else Path(model).name)
     with _progress() as show:
-        findings = build_report(settings, folder, say=show.say, progress=show.step)
+        if (Path(model) / "run.json").exists():
+            folder = Path(model)
+            findings = render_run(folder)
+        else:
+            from .executors import executor_of
+
+            chosen = parse_layers(layers)
+            settings = Settings(model, tokens, chosen, corpus, dataset, seed, sink_factor, nonfinite, batch, shard)
+            name = Path(model).resolve().name if Path(model).exists() else Path(model).name
+            folder = out or Path("runs") / name
+            where = executor_of(executor, workers)
+            findings = build_report(settings, folder, where, say=show.say, progress=show.step)
+    if not findings:
+        return  # another rank tells
     typer.echo()
     for finding in findings:
         typer.echo(f"* {finding}")
@@ -140,16 +164,19 @@ def main() -> None:
     """Run the command line; an error is one line and an exit code."""
     debug = "--debug" in sys.argv
     try:
-        code = app(standalone_mode=False)
+        with _stoppable():
+            code = app(standalone_mode=False)
         if code == 130:  # typer makes an exit of an interrupt
-            raise KeyboardInterrupt
+            raise _Stopped(code)
         sys.exit(code or 0)
     except FFNProbeError as error:
         _fail(str(error), error.exit_code, debug)
     except typer.Abort:
         sys.exit(130)
-    except KeyboardInterrupt:
-        _fail("interrupted: the same command starts again", 130, debug=False)
+    except _Stopped as stopped:
+        _fail(
+            "interrupted: a report keeps its finished shards, the same command goes on", stopped.code, debug=False
+        )
     except MemoryError:
         _fail("out of memory: run fewer layers with --layers", 4, debug)
     except Exception as error:
@@ -160,6 +187,26 @@ def main() -> None:
         if debug:
             raise
         _fail(f"{type(error).__name__}: {error} (a bug: please report it, with --debug)", 1, debug)
+
+
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; not a KeyboardInterrupt, which typer turns into a plain return."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

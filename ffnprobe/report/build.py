@@ -1,37 +1,38 @@
-"""From a model's name to a run folder: load, collect once, analyse, write."""
+"""From a model's name to a run folder, and from a run folder to the page: load, run, analyse, draw."""
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import torch
-
-from ..analyzers import Memories, hidden_rank, memories, neuron_clusters, weight_rank
-from ..analyzers.hidden_rank import check_documents
+from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
+from ..analyzers.hidden_rank import HiddenRank, check_documents
 from ..analyzers.hidden_rank import probes as rank_probes
+from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
 from ..analyzers.memories import probes as memory_probes
-from ..corpus import LENGTH, Tokens, load_corpus, load_dataset_corpus, pack
-from ..disk import atomic_write, make_folder
+from ..analyzers.neuron_clusters import NeuronClusters
+from ..analyzers.weight_rank import WeightRank
+from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
 from ..errors import InputError
-from ..ffn import FFN
+from ..executors import Executor
 from ..figure import save_figure
-from ..models import Model, context_length, describe, ffns, load_model, tokenizer_of, why_illegible
+from ..models import context_length, describe, ffns, load_model, tokenizer_of, why_illegible
 from ..result import Result
-from ..stream import SINK_FACTOR, choose_layers, collect
+from ..run import note, read_run, run
+from ..shards import Work
+from ..statistics import Statistic
+from ..stream import BATCH, SINK_FACTOR, choose_layers
 from .card import NeuronCard
 from .page import About, top_findings, write_page
 
-LIBRARIES = ("ffnprobe", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy")
+RESULTS = (HiddenRank, Memories, WeightRank, NeuronClusters)
 CARDS = 32  # neurons of each layer in the page's browser; the table has them all
 
 
@@ -46,6 +47,9 @@ class Settings:
     dataset: str | None = None
     seed: int = 0
     sink_factor: float = SINK_FACTOR
+    nonfinite: str = "stop"
+    batch: int = BATCH
+    shard: int | None = None
 
     def command(self, out: str) -> str:
         """The command line that makes this report again."""
@@ -54,27 +58,14 @@ class Settings:
         options += [f"--{name} {quote(value)}" for name in ("corpus", "dataset") if (value := getattr(self, name))]
         options += [f"--seed {self.seed}"] if self.seed else []
         options += [f"--sink-factor {self.sink_factor:g}"] if self.sink_factor != SINK_FACTOR else []
+        options += [f"--nonfinite {self.nonfinite}"] if self.nonfinite != "stop" else []
+        options += [f"--batch {self.batch}"] if self.batch != BATCH else []
+        options += [f"--shard {self.shard}"] if self.shard else []
         return " ".join(["ffnprobe report", quote(self.model), *options, f"--out {quote(out)}"])
 
 
-def build_report(
-    settings: Settings,
-    out: str | Path,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Measure everything and write `out`: run.json, tables/, figures/, report.html.
-
-    Returns:
-        The three most telling findings.
-
-    Raises:
-        InputError, ModelRefused, MachineError: as load_model, load_corpus and the disk do; and InputError
-            where `out` holds the report of another model or of other settings.
-    """
-    started = time.perf_counter()
-    out = make_folder(out)
-    _refuse_other_run(out, settings)
+def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
+    """Load the model and the tokens, and list what all analyzers want of one pass."""
     say(f"loading {settings.model}")
     model = load_model(settings.model, say=say)
     chosen = {tap.layer for tap in choose_layers(model, settings.layers)}
@@ -84,65 +75,96 @@ def build_report(
     tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
     check_documents(tokens)
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
-    results = _measure(model, tokens, measured, settings, say, progress)
+    wanted = rank_probes(measured, settings.seed)
+    if illegible := why_illegible(model):
+        say(f"memories is left out: {illegible}")
+    else:
+        wanted |= memory_probes(measured)
+    return Work(model, tokens, wanted, settings.batch, settings.shard, settings.sink_factor, settings.nonfinite)
 
-    say("writing tables, figures and the page")
+
+def build_report(
+    settings: Settings,
+    out: str | Path,
+    executor: Executor | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Measure what is missing of everything, and write `out`: the run, tables/, figures/ and report.html.
+
+    Returns:
+        The three most telling findings; none where other ranks are still at work.
+
+    Raises:
+        InputError, ModelRefused, MachineError: as load_model, load_corpus and run do.
+    """
+    prepare, facts = partial(work_of, settings), {"settings": asdict(settings)}
+    with run(out, prepare, executor=executor, facts=facts, say=say, progress=progress) as (work, outcome):
+        if outcome is None:
+            return []
+        started = time.perf_counter()
+        _say_skipped(outcome.statistics, say)
+        shared: dict[str, Any] = {"layers": settings.layers, "seed": settings.seed}
+        collecting: dict[str, Any] = {
+            name: getattr(settings, name) for name in ("batch", "sink_factor", "nonfinite")
+        }
+        streamed = shared | collecting | {"statistics": outcome.statistics}
+        analyses: dict[str, Callable[[], Result]] = {
+            "hidden_rank": lambda: hidden_rank(work.model, work.tokens, **streamed),
+            "memories": lambda: memories(work.model, work.tokens, **streamed),
+            "weight_rank": lambda: weight_rank(work.model, **shared),
+            "neuron_clusters": lambda: neuron_clusters(work.model, **shared),
+        }
+        measured = {name.partition("/")[0] for name in work.probes} | {"weight_rank", "neuron_clusters"}
+        for name in filter(measured.__contains__, analyses):
+            say(f"measuring {name}")
+            analyses[name]().save(Path(out) / "tables" / f"{name}.parquet")
+            for done in [of for of in outcome.statistics if of.startswith(f"{name}/")]:
+                del outcome.statistics[done]  # the covariances are by far the most of the memory
+        about = About(
+            model=describe(work.model),
+            corpus=work.tokens.settings["corpus"],
+            tokens=work.tokens.n,
+            documents=work.tokens.n_documents,
+            seed=settings.seed,
+            command=settings.command(str(out)),
+            seconds=outcome.seconds + time.perf_counter() - started,
+            versions=read_run(out)["versions"],
+        )
+        packing = work.tokens.settings
+        corpus = {"name": packing["corpus"], "sha256": packing["corpus_sha256"]}
+        made = {"model": describe(work.model), "corpus": corpus, "packing": packing, "tables": sorted(measured)}
+        note(out, **made, bit_equal=outcome.bit_equal, about=about)
+        say("drawing the figures and the page")
+        return render_run(out)
+
+
+def render_run(folder: str | Path) -> list[str]:
+    """Draw the figures and the page of a finished run from its folder alone: no model, no corpus.
+
+    Returns:
+        The three most telling findings.
+
+    Raises:
+        InputError: the folder is no finished run.
+    """
+    folder = Path(folder)
+    recorded = read_run(folder)
+    if (about := recorded.get("about")) is None:
+        raise InputError(f"{folder} is not finished: give the command that began it again")
+    kinds = [kind for kind in RESULTS if kind.name in recorded["tables"]]
+    results = [kind.load(folder / "tables" / f"{kind.name}.parquet") for kind in kinds]
     for result in results:
-        result.save(out / "tables" / f"{result.name}.parquet")
-        save_figure(result.plot(), out / "figures" / result.name)
-    versions = {library: version(library) for library in LIBRARIES} | {"python": platform.python_version()}
-    run: dict[str, Any] = {
-        "settings": asdict(settings),
-        "model": describe(model),
-        "corpus": {"name": corpus.name, "sha256": corpus.sha256},
-    }
-    run |= {"packing": tokens.settings, "versions": versions, "threads": torch.get_num_threads()}
-    atomic_write(out / "run.json", lambda file: file.write_text(json.dumps(run, indent=2) + "\n"))
-    about = About(
-        model=describe(model),
-        corpus=corpus.name,
-        tokens=tokens.n,
-        documents=tokens.n_documents,
-        seed=settings.seed,
-        command=settings.command(str(out)),
-        seconds=time.perf_counter() - started,
-        versions=versions,
-    )
-    neurons = [card for result in results if isinstance(result, Memories) for card in cards(result.rows)]
-    write_page(out / "report.html", about, results, neurons)
+        save_figure(result.plot(), folder / "figures" / result.name)
+    neurons = [neuron for result in results if isinstance(result, Memories) for neuron in cards(result.rows)]
+    write_page(folder / "report.html", about, results, neurons)
     return top_findings(results)
 
 
-def _measure(
-    model: Model,
-    tokens: Tokens,
-    measured: Sequence[FFN],
-    settings: Settings,
-    say: Callable[[str], None],
-    progress: Callable[[int, int], None] | None,
-) -> list[Result]:
-    """One pass over the tokens, then every analyzer that applies."""
-    if illegible := why_illegible(model):
-        say(f"memories is left out: {illegible}")
-    collecting: dict[str, Any] = {"sink_factor": settings.sink_factor}
-    ranks_need = rank_probes(measured, settings.seed)
-    memories_need = {} if illegible else memory_probes(measured)
-    statistics = collect(model, tokens, ranks_need | memories_need, progress=progress, **collecting)
-
-    shared: dict[str, Any] = {"layers": [ffn.layer for ffn in measured], "seed": settings.seed}
-    streamed = shared | collecting | {"statistics": statistics}
-    say("measuring hidden_rank")
-    results: list[Result] = [hidden_rank(model, tokens, **streamed)]
-    for name in ranks_need:
-        del statistics[name]  # the covariances, by far the most of the memory
-    if not illegible:
-        say("measuring memories")
-        results.append(memories(model, tokens, **streamed))
-    say("measuring weight_rank")
-    results.append(weight_rank(model, **shared))
-    say("measuring neuron_clusters")
-    results.append(neuron_clusters(model, **shared))
-    return results
+def _say_skipped(statistics: Mapping[str, Statistic], say: Callable[[str], None]) -> None:
+    for name, statistic in statistics.items():
+        if name.startswith("nonfinite/") and statistic.n:
+            say(f"layer {name.partition('/')[2]}: {statistic.n:,} tokens left out, they hold NaN or Inf")
 
 
 def cards(rows: Sequence[Memory], each: int = CARDS) -> list[NeuronCard]:
@@ -171,18 +193,3 @@ def card(row: Memory) -> NeuronCard:
             "agreement null": row.agrees_shuffled,
         },
     )
-
-
-def _refuse_other_run(out: Path, settings: Settings) -> None:
-    path = out / "run.json"
-    if not path.exists():
-        return
-    try:
-        before = dict(json.loads(path.read_text())["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a run of ffnprobe: choose another folder with --out") from error
-    now = json.loads(json.dumps(asdict(settings)))
-    if other := [
-        f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
-    ]:
-        raise InputError(f"{out} holds another run ({'; '.join(other)}): choose another folder with --out")

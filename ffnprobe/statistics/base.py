@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +51,10 @@ class Statistic(ABC):
     def state(self) -> dict[str, Tensor]:
         """A copy of all there is, as named tensors; `type(self)(state)` makes the statistic again."""
         return {name: tensor.clone() for name, tensor in self._state.items()}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The state itself, for who writes it to disk: not a copy, not to be changed."""
+        return MappingProxyType(self._state)
 
     @property
     def n(self) -> int:

@@ -1,0 +1,117 @@
+"""Shards in several processes of this machine, each with its own model and its share of the cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import cast
+
+import torch
+
+from ..errors import FFNProbeError, MachineError
+from ..manifest import Entry
+from .base import Make, Start
+
+DEATHS = 3  # of workers over one shard, before it is given up
+
+
+@dataclass(frozen=True)
+class Processes:
+    workers: int
+    threads: int
+    writer: str = ""
+
+    @classmethod
+    def sharing(cls, workers: int) -> Processes:
+        """So many workers that share the cores of this process."""
+        return cls(workers, share(workers))
+
+    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Iterator[Entry]:
+        queue, deaths = list(shards), Counter[int]()
+        busy: dict[Connection, tuple[BaseProcess, int]] = {}
+        try:
+            while queue or busy:
+                while queue and len(busy) < self.workers:
+                    connection, worker = self._spawn(start)
+                    busy[connection] = worker, _give(connection, queue)
+                for connection in cast(list[Connection], wait(list(busy))):
+                    worker, shard = busy.pop(connection)
+                    try:
+                        answer = connection.recv()
+                    except (EOFError, OSError):
+                        worker.join()
+                        deaths[shard] += 1
+                        if deaths[shard] == DEATHS:
+                            raise MachineError(
+                                f"{DEATHS} workers died over shard {shard} (exit {worker.exitcode}): "
+                                "use fewer --workers, and the same command goes on"
+                            ) from None
+                        queue.insert(0, shard)
+                        continue
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    if queue:
+                        busy[connection] = worker, _give(connection, queue)
+                    else:
+                        connection.close()  # it ends
+                    yield answer
+        finally:
+            for worker, _ in busy.values():
+                worker.terminate()
+            for worker, _ in busy.values():
+                worker.join()
+
+    def _spawn(self, start: Start) -> tuple[Connection, BaseProcess]:
+        context = multiprocessing.get_context("spawn")  # a fork would share locks of torch's threads
+        here, there = context.Pipe()
+        worker = context.Process(target=_work, args=(there, start, self.threads), daemon=True)
+        worker.start()
+        there.close()  # or the death of the worker would not be seen here
+        return here, worker
+
+
+def share(workers: int) -> int:
+    """Threads a worker, so that they do not fight over the cores of this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
+
+
+def _give(connection: Connection, queue: list[int]) -> int:
+    shard = queue.pop(0)
+    with suppress(OSError):  # it has died: its end of the pipe says so to who waits for the answer
+        connection.send(shard)
+    return shard
+
+
+def _work(connection: Connection, start: Start, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        make = start()
+        while True:
+            try:
+                shard = connection.recv()
+            except EOFError:
+                return
+            connection.send(make(shard))
+    except FFNProbeError as error:
+        connection.send(error)
+    except Exception as error:
+        connection.send(RuntimeError(f"{error}\n{traceback.format_exc()}"))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # killed without a word: nobody waits for this shard

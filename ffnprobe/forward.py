@@ -1,0 +1,103 @@
+"""What does each feed-forward layer read, hold and write during one forward pass?
+
+The bridge names the modules; plain hooks on them read the activations, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from .errors import InputError
+from .models import Model, Tap, context_length, plain, taps
+
+OnLayer = Callable[[Tap, dict[str, Tensor]], None]
+
+
+def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap]:
+    """The taps of the layers asked for, in the order of the forward pass.
+
+    Raises:
+        InputError: a layer that has no FFN or is not there.
+    """
+    available = {tap.layer: tap for tap in taps(model)}
+    if layers is not None and not layers:
+        raise InputError("no layer chosen: name at least one")
+    for layer in layers or ():
+        if layer not in available:
+            there = f"{min(available)} to {max(available)}"
+            raise InputError(f"layer {layer} is not there: the FFNs are in layers {there}; choose among them")
+    return [tap for layer, tap in available.items() if layers is None or layer in layers]
+
+
+def forward(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_layer: OnLayer) -> None:
+    """Run the model up to the last layer chosen and show `on_layer` each of them as it is done."""
+    if (longest := context_length(model)) < ids.shape[1]:
+        raise InputError(
+            f"sequences of {ids.shape[1]} tokens: this model reads {longest}; pack with length={longest}"
+        )
+    network: Any = plain(model).base_model  # no logits: nobody asked
+    with _hooks(chosen, on_layer), torch.no_grad(), suppress(_Enough):
+        network(input_ids=ids.to(network.device), use_cache=False)
+
+
+class _Enough(Exception):
+    """Raised inside the forward pass once the last layer asked for has been read."""
+
+
+@contextmanager
+def _hooks(chosen: Sequence[Tap], on_layer: OnLayer) -> Iterator[None]:
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        for tap in chosen:
+            handles += _hook_layer(tap, on_layer, last=tap is chosen[-1])
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook_layer(tap: Tap, on_layer: OnLayer, last: bool) -> list[torch.utils.hooks.RemovableHandle]:
+    read: dict[str, Tensor] = {}
+    gated = tap.gate is not None or tap.fused
+    # the scale of a gated neuron is a gauge, of a plain one it is not
+    down: Any = tap.down
+    weight = down.weight.detach().square().sum(0) if gated else torch.ones(())
+
+    def rows(x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
+
+    def at_block(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        read["residual"] = rows(args[0] if args else kwargs["hidden_states"])
+
+    def at_up(module: nn.Module, args: tuple, output: Tensor) -> None:
+        read["in"] = rows(args[0])
+        if tap.fused:
+            read["pre"], read["up"] = rows(output).chunk(2, dim=1)
+        else:
+            read["pre" if tap.gate is None else "up"] = rows(output)
+
+    def at_gate(module: nn.Module, args: tuple, output: Tensor) -> None:
+        read["pre"] = rows(output)
+
+    def at_down(module: nn.Module, args: tuple, output: Tensor) -> None:
+        read["post"], read["out"] = rows(args[0]), rows(output)
+        read["weight"] = weight.to(read["post"]).expand(read["post"].shape[1])
+        on_layer(tap, dict(read))
+        read.clear()  # or the layer's activations would live until the next batch
+        if last:
+            raise _Enough
+
+    handles = [
+        tap.block.register_forward_pre_hook(at_block, with_kwargs=True),
+        tap.up.register_forward_hook(at_up),
+        tap.down.register_forward_hook(at_down),
+    ]
+    if tap.gate is not None and not tap.fused:
+        handles.append(tap.gate.register_forward_hook(at_gate))
+    return handles

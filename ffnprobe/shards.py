@@ -1,0 +1,232 @@
+"""What is one shard of a run, and what do all of them add up to?
+
+A shard is a fixed list of sequences in batches of a fixed shape. It starts from the pilot's bytes on disk and
+ends as one file, so who computes it, when, and after how many crashes changes no bit of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .backoff import backing_off
+from .corpus import Tokens
+from .disk import sweep
+from .fingerprint import fingerprints
+from .manifest import Entry
+from .models import Model, plain
+from .sinks import Sinks
+from .statistics import Statistic
+from .stream import BATCH, SINK_FACTOR, Pilot, Probe, Progress, collect_rows, counting, pilot
+from .tensors import Damaged, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+SHARD = 8192  # tokens
+MOST = 32  # shards, where nobody asked for a size: each is as large on disk as all statistics together
+PILOT = "pilot.safetensors"
+MERGED = "merged.safetensors"
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a worker must hold to compute any shard of a run."""
+
+    model: Model
+    tokens: Tokens
+    probes: Mapping[str, Probe]
+    batch: int = BATCH
+    shard: int | None = None  # tokens; the nearest whole number of batches is taken
+    sink_factor: float = SINK_FACTOR
+    nonfinite: str = "stop"
+
+    def shards(self) -> tuple[Int[Tensor, " sequences"], ...]:
+        """The sequences of each shard: consecutive, whole batches, all but the last one alike."""
+        sequences, length = self.tokens.ids.shape
+        size = self.shard or max(SHARD, self.tokens.n // MOST)
+        batches = max(1, round(size / length / self.batch))
+        return torch.arange(sequences).split(batches * self.batch)
+
+    def wanted(self) -> dict[str, Probe]:
+        """The probes, and a count of what is skipped."""
+        return counting(self.probes, self.nonfinite)
+
+    def plan(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        sequences, length = self.tokens.ids.shape
+        shards, names = self.shards(), sorted(self.wanted())
+        return {
+            "fingerprints": fingerprints(self.model, self.tokens)
+            | {"statistics": sha256("\n".join(names).encode()).hexdigest()},
+            "plan": {
+                "sequences": sequences,
+                "length": length,
+                "batch": self.batch,
+                "shards": len(shards),
+                "sequences_a_shard": len(shards[0]),
+                "sink_factor": self.sink_factor,
+                "nonfinite": self.nonfinite,
+                "dtype": str(plain(self.model).dtype).removeprefix("torch."),
+                "statistics": len(names),
+            },
+        }
+
+    def pilot(self) -> Pilot:
+        """What every shard starts from."""
+        return pilot(
+            self.model, self.tokens, self.wanted(), sink_factor=self.sink_factor, nonfinite=self.nonfinite
+        )
+
+
+class Maker:
+    """Computes shards in this process, each from the pilot on disk, and writes their files."""
+
+    def __init__(self, work: Work, folder: Path, pilot_sha256: str, progress: Progress | None = None) -> None:
+        self.work, self.folder, self.progress = work, folder, progress
+        self.pilot_sha256, self.batch = pilot_sha256, work.batch
+
+    def __call__(self, shard: int) -> Entry:
+        started, work = time.perf_counter(), self.work
+        rows, wanted = work.shards()[shard], work.wanted()
+
+        def feed(batch: int) -> dict[str, Statistic]:
+            return collect_rows(
+                work.model,
+                work.tokens,
+                wanted,
+                read_pilot(self.folder, self.pilot_sha256, plain(work.model).device),
+                rows,
+                batch=batch,
+                nonfinite=work.nonfinite,
+                progress=self.progress,
+            )
+
+        # what did not fit once will not fit the next time: the smaller batch stays
+        statistics, self.batch = backing_off(self.batch, feed, log.warning)
+        path = shard_path(self.folder, shard)
+        sweep(path.parent, f"{path.name}.*")
+        written = write_tensors(path, named(statistics), {"pilot": self.pilot_sha256})
+        return entry(path, written, self.batch, time.perf_counter() - started)
+
+
+def entry(path: Path, written: tuple[int, str], batch: int, seconds: float) -> Entry:
+    """The manifest's line of a file that this process has written."""
+    return Entry(path.name, *written, batch, torch.get_num_threads(), str(torch.__version__), seconds)
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Where a shard's statistics lie."""
+    return folder / "shards" / f"s-{shard:05d}.safetensors"
+
+
+def write_pilot(folder: Path, start: Pilot) -> tuple[int, str]:
+    """Save a pilot; its size and sha256."""
+    sinks = start.sinks
+    layers = sorted(sinks.residual)
+    numbers = {
+        "layer": torch.tensor(layers),
+        "residual": torch.tensor([sinks.residual[layer] for layer in layers], dtype=torch.float64),
+        "hidden": torch.tensor([sinks.hidden[layer] for layer in layers], dtype=torch.float64),
+        "factor": torch.tensor(sinks.factor, dtype=torch.float64),
+    }
+    tensors = named(start.starts)
+    about = {
+        "kinds": _kinds(start.starts),
+        "moved": [name for name, tensor in tensors.items() if tensor.device.type != "cpu"],
+        # most sums start at zero: one number in place of gigabytes, which each shard reads again
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items() if _constant(tensor)},
+    }
+    tensors = {name: t.flatten()[:1] if name in about["shapes"] else t for name, t in tensors.items()}
+    tensors |= {f"sinks:{name}": number for name, number in numbers.items()}
+    return write_tensors(folder / PILOT, tensors, about)
+
+
+def read_pilot(folder: Path, digest: str, device: torch.device | str = "cpu") -> Pilot:
+    """The pilot that was saved, its statistics where they were: on the accelerator or not.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    tensors, about, _ = read_tensors(folder / PILOT, digest)
+    factor = float(tensors.pop("sinks:factor"))
+    layers, residual, hidden = (tensors.pop(f"sinks:{name}").tolist() for name in ("layer", "residual", "hidden"))
+    sinks = Sinks(factor, dict(zip(layers, residual, strict=True)), dict(zip(layers, hidden, strict=True)))
+    for name, shape in about["shapes"].items():
+        value = tensors[name].item()
+        tensors[name] = (
+            torch.full(shape, value, dtype=tensors[name].dtype) if value else tensors[name].new_zeros(shape)
+        )
+    for name in about["moved"]:
+        tensors[name] = tensors[name].to(device)
+    return Pilot(sinks, dict(statistics_of(tensors, about["kinds"])))
+
+
+def merge(folder: Path, pilot_sha256: str, entries: Iterable[list[Entry]]) -> tuple[Pilot, list[Entry]]:
+    """Add the shards up in the order given, one in memory at a time, and write merged.safetensors.
+
+    Returns:
+        The pilot, its statistics now the sums; and the entry that each file matches.
+
+    Raises:
+        Damaged: a shard's file is not what was written; it is gone then, to be made again.
+    """
+    start = read_pilot(folder, pilot_sha256)
+    kinds, matched = _kinds(start.starts), []
+    for candidates in entries:
+        path = folder / "shards" / candidates[0].name
+        by_digest = {candidate.sha256: candidate for candidate in candidates}
+        try:
+            tensors, about, digest = read_tensors(path, *by_digest)
+            if about["pilot"] != pilot_sha256:
+                raise Damaged(f"{path.name} started from another pilot")
+        except Damaged:
+            path.unlink(missing_ok=True)
+            raise
+        matched.append(by_digest[digest])
+        for name, part in statistics_of(tensors, kinds):
+            start.starts[name].merge(part)
+    write_tensors(folder / MERGED, named(start.starts), {"kinds": kinds})
+    return start, matched
+
+
+def named(statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    """Every tensor of every statistic, as NAME:TENSOR."""
+    return {
+        f"{name}:{part}": tensor
+        for name, statistic in statistics.items()
+        for part, tensor in statistic.tensors().items()
+    }
+
+
+def statistics_of(tensors: Mapping[str, Tensor], kinds: Mapping[str, str]) -> Iterator[tuple[str, Statistic]]:
+    """The statistics whose tensors these are, one copy at a time; `kinds` says what each of them is."""
+    known = {kind.__name__: kind for kind in _subclasses(Statistic)}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in kinds}
+    for name, tensor in tensors.items():
+        statistic, _, part = name.rpartition(":")
+        states[statistic][part] = tensor
+    return ((name, known[kind](states[name])) for name, kind in kinds.items())
+
+
+def _kinds(statistics: Mapping[str, Statistic]) -> dict[str, str]:
+    return {name: type(statistic).__name__ for name, statistic in statistics.items()}
+
+
+def _constant(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
+
+
+def _subclasses(kind: type) -> Iterator[type[Statistic]]:
+    subclass: type[Statistic]
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
