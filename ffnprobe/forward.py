@@ -64,10 +64,6 @@ def _hooks(chosen: Sequence[Tap], on_layer: OnLayer) -> Iterator[None]:
 
 def _hook_layer(tap: Tap, on_layer: OnLayer, last: bool) -> list[torch.utils.hooks.RemovableHandle]:
     read: dict[str, Tensor] = {}
-    gated = tap.gate is not None or tap.fused
-    # the scale of a gated neuron is a gauge, of a plain one it is not
-    down: Any = tap.down
-    weight = down.weight.detach().square().sum(0) if gated else torch.ones(())
 
     def rows(x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
@@ -87,7 +83,6 @@ def _hook_layer(tap: Tap, on_layer: OnLayer, last: bool) -> list[torch.utils.hoo
 
     def at_down(module: nn.Module, args: tuple, output: Tensor) -> None:
         read["post"], read["out"] = rows(args[0]), rows(output)
-        read["weight"] = weight.to(read["post"]).expand(read["post"].shape[1])
         on_layer(tap, dict(read))
         read.clear()  # or the layer's activations would live until the next batch
         if last:

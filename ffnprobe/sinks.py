@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -14,6 +15,7 @@ from .corpus import Tokens
 from .errors import ModelRefused
 from .forward import forward
 from .models import Model, Tap
+from .statistics import IN_CACHE
 
 PILOT = 4  # sequences that fix the sink thresholds and the shifts
 _OVERFLOW = "run it in float32, choose other layers, or leave such tokens out with --nonfinite skip"
@@ -27,15 +29,20 @@ class Sinks:
     residual: dict[int, float]
     hidden: dict[int, float]
 
-    def find(self, layer: int, read: Mapping[str, Tensor]) -> Bool[Tensor, " n"]:
+    def find(self, tap: Tap, read: Mapping[str, Tensor]) -> Bool[Tensor, " n"]:
         """Which of a layer's tokens are sinks."""
-        residual, hidden = _norms(read)
-        return (residual > self.residual[layer]) | (hidden > self.hidden[layer])
+        residual, hidden = _norms(tap, read)
+        return (residual > self.residual[tap.layer]) | (hidden > self.hidden[tap.layer])
 
 
-def _norms(read: Mapping[str, Tensor]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Norms of the residual stream and of the hidden activation, each neuron weighed as it is written."""
-    return read["residual"].norm(dim=1), (read["post"].square() @ read["weight"]).sqrt()
+def _norms(tap: Tap, read: Mapping[str, Tensor]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Norms of the residual stream and of the hidden activation."""
+    norm = partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32)
+    if tap.gated:
+        # each neuron weighed as it is written: its own scale is a gauge, that of a plain one is not
+        parts = (rows.float().square() @ tap.value_squares for rows in read["post"].split(IN_CACHE))
+        return norm(read["residual"]), torch.cat(list(parts)).sqrt()
+    return norm(read["residual"]), norm(read["post"])
 
 
 def find_sinks(
@@ -54,14 +61,14 @@ def find_sinks(
     rows = pilot_rows(tokens)
 
     def measure(tap: Tap, read: dict[str, Tensor]) -> None:
-        residual, hidden = _norms(read)
-        finite = ~not_finite(tap, read, read.keys() - {"weight"}, rows, tokens, nonfinite)
+        residual, hidden = _norms(tap, read)
+        finite = ~not_finite(tap, read, read.keys(), rows, tokens, nonfinite)
         if not finite.any():
             raise ModelRefused(f"layer {tap.layer} gives only NaN or Inf: {_OVERFLOW}")
         sinks.residual[tap.layer] = factor * float(residual[finite].median())
         sinks.hidden[tap.layer] = factor * float(hidden[finite].median())
         if then:
-            then(tap, read, finite & ~sinks.find(tap.layer, read))
+            then(tap, read, finite & ~sinks.find(tap, read))
 
     forward(model, tokens.ids[rows], chosen, measure)
     return sinks

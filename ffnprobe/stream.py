@@ -66,7 +66,7 @@ class Probe:
     layer: int
     site: str
     make: Callable[[Float[Tensor, "n width"]], Statistic]
-    of: Callable[[Float[Tensor, "n width"]], Float[Tensor, "n other"]] = lambda x: x
+    of: Callable[[Float[Tensor, "n width"]], Float[Tensor, "n other"]] = lambda x: x  # one object, one computation
     kinds: tuple[str, ...] = ("kept",)
     half: int | None = None
 
@@ -196,27 +196,41 @@ def collect_rows(
     progress: Progress | None = None,
 ) -> dict[str, Statistic]:
     """Feed these sequences to the pilot's statistics and hand them back: a copy would be memory for nothing."""
-    by_layer = _by_layer(probes)
-    chosen = choose_layers(model, sorted(by_layer))
+    groups = _groups(probes)
+    chosen = choose_layers(model, sorted(groups))
     half = (torch.cat([torch.zeros(1), tokens.document.flatten().diff()]) != 0).cumsum(0) % 2
     statistics = dict(start.starts)
     for done, some in enumerate(rows.split(batch)):
 
         def feed(tap: Tap, read: dict[str, Tensor], some=some) -> None:
-            wanted = by_layer[tap.layer]
-            sites = {probe.site for _, probe in wanted}
-            seen = _activations(tap, read, sites, some, tokens, start.sinks, nonfinite)
-            for name, probe in wanted:
-                use = torch.isin(seen.kind, torch.tensor([KINDS.index(kind) for kind in probe.kinds]))
-                if probe.half is not None:
-                    use &= half[seen.at] == probe.half
-                x = probe.of(seen.sites[probe.site][use])
-                statistics[name].update(x, seen.at[use].to(x.device))
+            wanted = groups[tap.layer]
+            seen = _activations(tap, read, {site for site, *_ in wanted}, some, tokens, start.sinks, nonfinite)
+            for (site, of, kinds, parity), names in wanted.items():
+                use = torch.isin(seen.kind, torch.tensor([KINDS.index(kind) for kind in kinds]))
+                if parity is not None:
+                    use &= half[seen.at] == parity
+                x, at = seen.sites[site], seen.at
+                if not use.all():
+                    row = use.nonzero().squeeze(1)
+                    x, at = x.index_select(0, row.to(x.device)), at[row]
+                x, at = of(x), at.to(x.device)
+                for name in names:
+                    statistics[name].update(x, at)
 
         forward(model, tokens.ids[some], chosen, feed)
         if progress:
             progress((done * batch + len(some)) * tokens.ids.shape[1], len(rows) * tokens.ids.shape[1])
     return statistics
+
+
+def _groups(probes: Mapping[str, Probe]) -> dict[int, dict[tuple, list[str]]]:
+    """By layer, the names of the probes that see the same rows."""
+    groups: dict[int, dict[tuple, list[str]]] = {}
+    for layer, wanted in _by_layer(probes).items():
+        groups[layer] = {}
+        for name, probe in wanted:
+            groups[layer].setdefault((probe.site, probe.of, probe.kinds, probe.half), []).append(name)
+    return groups
 
 
 def _by_layer(probes: Mapping[str, Probe]) -> dict[int, list[tuple[str, Probe]]]:
@@ -238,7 +252,7 @@ def _check_sites(sites: Sequence[str], chosen: Sequence[Tap]) -> None:
 
 def _activations(tap, read, sites, rows, tokens: Tokens, sinks: Sinks, nonfinite: str) -> Activations:
     kind = 2 * tokens.special[rows].flatten().long()
-    kind[sinks.find(tap.layer, read).cpu()] = KINDS.index("sink")
+    kind[sinks.find(tap, read).cpu()] = KINDS.index("sink")
     kind[not_finite(tap, read, {*sites, "residual", "post"}, rows, tokens, nonfinite).cpu()] = KINDS.index(
         "nonfinite"
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,16 @@ class Tap:
     gate: nn.Module | None
     down: nn.Module  # h -> y
     fused: bool
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None or self.fused
+
+    @cached_property
+    def value_squares(self) -> Float[Tensor, " d_mlp"]:
+        """Squared norms of the values of a gated layer."""
+        down: Any = self.down
+        return down.weight.detach().float().square().sum(0)
 
 
 def flat(value: Any) -> Tensor:

@@ -1,10 +1,20 @@
 """The laws that every statistic obeys, run on every subclass there is."""
 
 import pytest
+import scipy.stats
 import torch
 
 import ffnprobe.statistics
-from ffnprobe.statistics import Count, FiringRate, Moments, Statistic, TopActivations
+from ffnprobe.statistics import (
+    CoActivation,
+    Count,
+    FiringRate,
+    Marginals,
+    Moments,
+    Statistic,
+    TopActivations,
+    triangle,
+)
 
 WIDTH, N = 5, 12
 GENERATOR = torch.Generator().manual_seed(0)
@@ -15,8 +25,10 @@ X = (torch.randn(N, WIDTH, generator=GENERATOR, dtype=torch.float64) * 2).round(
 AT = torch.randperm(1000, generator=GENERATOR)[:N].sort().values
 
 MAKERS = {
+    CoActivation: lambda: CoActivation.about(X[:3], share=0.5),
     Count: lambda: Count.about(X[:3]),
     FiringRate: lambda: FiringRate.about(X[:3]),
+    Marginals: lambda: Marginals.about(X[:3]),
     Moments: lambda: Moments.about(X[:3]),
     TopActivations: lambda: TopActivations.about(X[:3], k=4, by_magnitude=True),
 }
@@ -51,8 +63,16 @@ def fed(make, *parts: slice) -> Statistic:
 
 
 def same(one: Statistic, other: Statistic) -> bool:
-    a, b = one.state(), other.state()
+    a, b = meant(one), meant(other)
     return a.keys() == b.keys() and all(torch.allclose(a[k].double(), b[k].double(), rtol=1e-12) for k in a)
+
+
+def meant(one: Statistic) -> dict[str, torch.Tensor]:
+    """The state, without what stands below the diagonal of a triangle."""
+    state = one.state()
+    for name in {"S", "both"} & state.keys():
+        state[name] = triangle.square(state[name], WIDTH)
+    return state
 
 
 def values(computed) -> list[torch.Tensor]:
@@ -210,3 +230,103 @@ def test_top_activations_of_fewer_tokens_than_places():
 def test_top_activations_refuse_an_index_that_does_not_fit():
     with pytest.raises(ValueError, match="split the corpus"):
         TopActivations.about(X[:1]).update(X[:1], torch.tensor([2**31]))
+
+
+@pytest.mark.parametrize("n", [4, 300])  # fewer and more rows than go at a time
+def test_marginals_are_scipys_moments(n):
+    x = torch.randn(n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).exp() - 40
+    marginals = Marginals.about(x[:3])
+    marginals.update(x, torch.arange(n))
+    found = marginals.compute()
+    assert torch.allclose(found.mean, x.mean(0))
+    assert torch.allclose(found.variance, x.var(0, correction=0))
+    assert torch.allclose(found.skewness, torch.from_numpy(scipy.stats.skew(x.numpy())))
+    assert torch.allclose(found.kurtosis, torch.from_numpy(scipy.stats.kurtosis(x.numpy(), fisher=False)))
+
+
+def test_marginals_know_the_gaussian_the_uniform_and_the_coin():
+    n = 200_000
+    generator = torch.Generator().manual_seed(6)
+    x = torch.stack(
+        [torch.randn(n, generator=generator), torch.rand(n, generator=generator), torch.arange(n) % 2.0], dim=1
+    )
+    marginals = Marginals.about(x[:100])
+    marginals.update(x, torch.arange(n))
+    found = marginals.compute()
+    assert torch.allclose(found.variance, torch.tensor([1, 1 / 12, 1 / 4], dtype=torch.float64), rtol=0.01)
+    assert torch.allclose(found.kurtosis, torch.tensor([3, 9 / 5, 1], dtype=torch.float64), rtol=0.02)
+    assert found.skewness.abs().max() < 0.02
+
+
+def test_marginals_scale_with_faint_neurons_whose_fourth_powers_float32_cannot_hold():
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(7)) * torch.tensor([1.0, 1e-12, 1e12])
+    marginals = Marginals.about(x[:100])
+    marginals.update(x, torch.arange(500))
+    found = marginals.compute()
+    assert torch.allclose(found.variance, x.double().var(0, correction=0), rtol=1e-5, atol=0)
+    expected = scipy.stats.kurtosis(x.double().numpy(), fisher=False)
+    assert torch.allclose(found.kurtosis, torch.from_numpy(expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize("d", [1, 40, 127, 128, 200])
+@pytest.mark.parametrize("n", [1, 300])
+def test_counts_are_exact_at_every_width(n, d):
+    active = torch.rand(n, d, generator=torch.Generator().manual_seed(d)) > 0.5
+    assert torch.equal(triangle.counts(active).triu(), (active.T.long() @ active.long()).int().triu())
+
+
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_co_activation_counts_pairs_as_a_loop_does(width):
+    x = torch.randn(150, width, generator=torch.Generator().manual_seed(8))
+    co = CoActivation.about(x[:50], share=0.3)
+    for part in x.split(37):
+        co.update(part, torch.arange(len(part)))
+    threshold = torch.quantile(x[:50].abs(), 0.7, dim=0)
+    active = (x.abs() > threshold).long()
+    found = co.compute()
+    for i in range(width):
+        for j in range(width):
+            assert found.both[i, j] == (active[:, i] * active[:, j]).sum()
+    assert torch.equal(found.active, active.sum(0))
+    if width > 1:
+        expected = torch.corrcoef(active.double().T)
+        assert torch.allclose(found.correlation(), expected)
+
+
+def test_scale_and_sign_of_a_neuron_do_not_change_who_is_active_with_it():
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(9))
+    gauge = torch.tensor([2.0, -1.0, 0.5, -4.0, 1.0])
+    one, other = CoActivation.about(x[:60]), CoActivation.about(x[:60] * gauge)
+    one.update(x, torch.arange(200))
+    other.update(x * gauge, torch.arange(200))
+    assert torch.equal(one.compute().both, other.compute().both)
+
+
+def test_a_dead_neuron_is_never_active():
+    co = CoActivation.about(torch.zeros(4, 2))
+    co.update(torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 0.0]]), torch.arange(3))
+    assert co.compute().both.tolist() == [[0, 0], [0, 2]]
+
+
+@pytest.mark.parametrize("d", [1, 2, 7, 8, 9, 50])
+def test_a_triangle_is_kept_and_given_back(d):
+    x = torch.randn(20, d, dtype=torch.float64, generator=torch.Generator().manual_seed(10))
+    kept = torch.zeros(triangle.size(d), dtype=torch.float64)
+    triangle.add(kept, triangle.gram(x))
+    triangle.add(kept, kept.clone())
+    assert torch.allclose(triangle.square(kept, d), 2 * x.T @ x)
+    if d == 50:
+        assert len(kept) < 0.6 * d * d
+
+
+def test_top_activations_of_a_long_stream_are_those_of_the_whole():
+    generator = torch.Generator().manual_seed(11)
+    x = torch.relu(torch.randn(2000, 5, generator=generator) - 1).mul(8).round()  # mostly 0, many ties
+    x[:, 4] = 0  # a dead neuron keeps its first tokens
+    whole, parts = (TopActivations.about(x[:1], k=6) for _ in range(2))
+    whole.update(x, torch.arange(2000))
+    for rows in torch.arange(2000).split(100):
+        parts.update(x[rows], rows)
+    assert torch.equal(whole.compute().at, parts.compute().at)
+    assert torch.equal(whole.compute().activation, parts.compute().activation)
+    assert whole.compute().at[4].tolist() == list(range(6))

@@ -1,8 +1,13 @@
 """One mergeable statistic a file."""
 
+from .base import IN_CACHE as IN_CACHE
 from .base import Statistic as Statistic
+from .co_activation import CoActivation as CoActivation
+from .co_activation import CoActive as CoActive
 from .count import Count as Count
 from .firing_rate import FiringRate as FiringRate
+from .marginals import Marginal as Marginal
+from .marginals import Marginals as Marginals
 from .moments import Covariance as Covariance
 from .moments import Moments as Moments
 from .top_activations import Top as Top

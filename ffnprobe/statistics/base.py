@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+IN_CACHE = 128  # rows at a time of what goes over a batch more than once
+
 
 class Statistic(ABC):
     """A mergeable summary of a stream of rows, one row a token, of fixed size however long the stream.
@@ -66,9 +68,9 @@ class Statistic(ABC):
         """The state that this batch alone would give (without the fixed tensors)."""
 
     def _add(self, part: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._state.items():
+        for name, tensor in part.items():
             if name not in self.fixed:
-                tensor += part[name]
+                self._state[name] += tensor
 
     @abstractmethod
     def compute(self) -> Any:

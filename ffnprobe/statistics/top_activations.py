@@ -46,15 +46,9 @@ class TopActivations(Statistic):
             )
         x = x.float()
         score = x.abs() if self._state["by_magnitude"] else x
-        k = min(self._state["entries"].shape[1], len(x))
-        best, row = score.topk(k, dim=0)
-        entries = _pack(best, at[row], x.gather(0, row) < 0)
-        # topk chooses freely among equals at its edge: neurons with such equals are ranked by whole entries
-        tied = ((score >= best[-1]).sum(0) > k).nonzero().squeeze(1)
-        if len(tied):
-            every = _pack(score[:, tied], rearrange(at, "n -> n 1"), x[:, tied] < 0)
-            entries[:, tied] = every.topk(k, dim=0).values
-        return {"n": torch.tensor(len(x)), "entries": entries.mT}
+        k, least = self._state["entries"].shape[1], self._state["entries"][:, -1]
+        entries = _best(score, x, at, k) if (least == EMPTY).any() else _above(least, score, x, at)
+        return {"n": torch.tensor(len(x)), "entries": entries}
 
     def _add(self, part) -> None:
         k = self._state["entries"].shape[1]
@@ -73,12 +67,46 @@ class TopActivations(Statistic):
         magnitude = _unsortable(entries >> 32)
         negative = (entries & 1).bool()
         activation = torch.where(negative, -magnitude.abs(), magnitude)
-        return Top(activation, MOST_TOKENS - 1 - ((entries >> 1) & (MOST_TOKENS - 1)))
+        return Top(activation, _at(entries))
 
 
-def _pack(
-    score: Float[Tensor, "n d"], at: Int[Tensor, "n #d"], negative: Bool[Tensor, "n d"]
-) -> Int[Tensor, "n d"]:
+def _best(
+    score: Float[Tensor, "n d"], x: Float[Tensor, "n d"], at: Int[Tensor, " n"], k: int
+) -> Int[Tensor, "d best"]:
+    """The k best entries of a batch for each neuron."""
+    best, row = score.topk(min(k, len(x)), dim=0)
+    entries = _pack(best, at[row], x.gather(0, row) < 0)
+    # topk chooses freely among equals at its edge: neurons with such equals are ranked by whole entries
+    tied = ((score >= best[-1]).sum(0) > len(best)).nonzero().squeeze(1)
+    if len(tied):
+        every = _pack(score[:, tied], rearrange(at, "n -> n 1"), x[:, tied] < 0)
+        entries[:, tied] = every.topk(len(best), dim=0).values
+    return entries.mT
+
+
+def _above(
+    least: Int[Tensor, " d"], score: Float[Tensor, "n d"], x: Float[Tensor, "n d"], at: Int[Tensor, " n"]
+) -> Int[Tensor, "d most"]:
+    """The entries that are above each neuron's least one: few, once a stream has run for a while."""
+    floor = _unsortable(least >> 32)
+    above = score > floor
+    if at.min() < _at(least).max():  # an equal score counts where its token is the earlier one
+        above |= (score == floor) & (rearrange(at, "n -> n 1") < _at(least))
+    row, neuron = above.nonzero(as_tuple=True)
+    neuron, order = neuron.sort(stable=True)
+    row = row[order]
+    many = neuron.bincount(minlength=len(least))
+    place = torch.arange(len(row), device=row.device) - (many.cumsum(0) - many)[neuron]
+    entries = torch.full((len(least), int(many.max())), EMPTY, device=least.device)
+    entries[neuron, place] = _pack(score[row, neuron], at[row], x[row, neuron] < 0)
+    return entries
+
+
+def _at(entries: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+    return MOST_TOKENS - 1 - ((entries >> 1) & (MOST_TOKENS - 1))
+
+
+def _pack(score: Float[Tensor, "*n"], at: Int[Tensor, "*#n"], negative: Bool[Tensor, "*n"]) -> Int[Tensor, "*n"]:
     return (_sortable(score) << 32) | ((MOST_TOKENS - 1 - at) << 1) | negative
 
 

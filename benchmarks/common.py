@@ -1,0 +1,75 @@
+"""What do the benchmarks share? Models, tokens, a fair clock and a table."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import ffnprobe as fp
+from ffnprobe.corpus import Tokens
+from ffnprobe.models import Model
+
+MODELS = ("smollm2-135m", "gpt2-random")
+BATCH, LENGTH = 8, 256
+
+
+def load(name: str) -> Model:
+    """SmolLM2-135M, or GPT-2 small with random weights and the same tokenizer."""
+    smollm2 = fp.load_model("smollm2-135m")
+    if name == "smollm2-135m":
+        return smollm2
+    torch.manual_seed(0)
+    return fp.load_model(GPT2LMHeadModel(GPT2Config()), tokenizer=fp.tokenizer_of(smollm2))
+
+
+def tokens_for(model: Model, tokens: int) -> Tokens:
+    """The built-in corpus in sequences of 256 tokens."""
+    return fp.pack(fp.load_corpus(), fp.tokenizer_of(model), tokens=tokens, length=LENGTH)
+
+
+def ratios(
+    rounds: int, against: Callable[[int], object], runs: Mapping[str, Callable[[int], object]]
+) -> dict[str, tuple[float, float, float]]:
+    """Lower quartile, median and upper quartile of each run's time over that of `against`.
+
+    In each round each run is timed between two of `against`, so that drift of the machine meets both. A round
+    before the first is not counted.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(-1, rounds):
+        before = seconds(against, round_)
+        for name, run in runs.items():
+            taken = seconds(run, round_)
+            after = seconds(against, round_)
+            found[name] += [2 * taken / (before + after)] if round_ >= 0 else []
+            before = after
+    return {name: tuple(quantiles(each, n=4, method="inclusive")) for name, each in found.items()}
+
+
+def seconds(run: Callable[[int], object], round_: int) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    run(round_)
+    return time.perf_counter() - started
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return (
+        f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
