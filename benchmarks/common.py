@@ -59,6 +59,17 @@ def seconds(run: Callable[[int], object], round_: int) -> float:
     return time.perf_counter() - started
 
 
+def resident(which: str = "VmRSS") -> int:
+    """Resident memory of this process in bytes, now or (VmHWM) at its peak. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+
+def forget_peak() -> None:
+    """Let the peak start from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def machine() -> str:
     """What the numbers were measured on."""
     info = Path("/proc/cpuinfo")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import numpy as np
 import torch
-from common import BATCH, LENGTH, load, machine, table, tokens_for
+from common import BATCH, forget_peak, load, machine, resident, table, tokens_for
 
 from ffnprobe.forward import choose_layers
 from ffnprobe.models import plain
@@ -58,20 +57,16 @@ def cached(model, tokens) -> list[float]:
     return found
 
 
-def peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def child(way: str, tokens: int, name: str) -> None:
     """One measurement in a process of its own, whose peak memory is its own."""
     model = load(name)
     packed = tokens_for(model, tokens)
     with torch.inference_mode():
         plain(model).base_model(input_ids=packed.ids[:1], use_cache=False)
-    before, started = peak(), time.perf_counter()
+    before, started = resident(), time.perf_counter()
+    forget_peak()
     globals()[way](model, packed)
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak() - before}))
+    print(json.dumps({"seconds": time.perf_counter() - started, "peak": resident("VmHWM") - before}))
 
 
 def main() -> None:

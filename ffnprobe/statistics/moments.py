@@ -53,11 +53,12 @@ class Moments(Statistic):
         x = x if x.dtype == torch.float64 else x.float()  # never a Gram matrix in half precision
         x = x - self._state["shift"].to(x.dtype)
         square = torch.linalg.vector_norm(x, dim=1).square()
+        s, c = torch.stack([torch.ones_like(square), square]) @ x
         return {
             "n": torch.tensor(len(x)),
-            "s": x.sum(0).double(),
+            "s": s.double(),
             "S": triangle.gram(x),
-            "c": (square @ x).double(),
+            "c": c.double(),
             "q": (square.double() ** 2).sum(),
         }
 
