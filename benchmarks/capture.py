@@ -51,6 +51,29 @@ def measure(model: Model, rounds: int) -> dict[str, tuple[float, float, float]]:
     return ratios(rounds, bare, runs)
 
 
+def measure_today(model: Model, rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Ratios of the ways that transformer_lens offers, on the same batches."""
+    tokens = tokens_for(model, (rounds + 1) * BATCH * LENGTH)
+    batches = tokens.ids.split(BATCH)
+
+    def bare(round_: int) -> None:
+        with torch.inference_mode():
+            plain(model).base_model(input_ids=batches[round_], use_cache=False)
+
+    def hooked(round_: int) -> None:
+        with torch.inference_mode():
+            model.run_with_hooks(batches[round_], fwd_hooks=[(is_post, lambda value, hook: None)])
+
+    def cached(round_: int) -> None:
+        with torch.inference_mode():
+            model.run_with_cache(batches[round_])
+
+    def is_post(name: str) -> bool:
+        return name.endswith("hook_post")
+
+    return ratios(rounds, bare, {"run_with_hooks, doing nothing": hooked, "run_with_cache of everything": cached})
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--model", choices=MODELS, action="append")
@@ -59,13 +82,18 @@ def main() -> None:
     limits = {NOTHING: (1.05, 1.05)} | {name: limit for name, (_, limit) in RUNGS.items()}
     print(machine())
     for name in given.model or MODELS:
-        found = measure(load(name), given.rounds)
+        model = load(name)
+        found = measure(model, given.rounds)
         rows = [
             [what, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", limits[what][MODELS.index(name)]]
             for what, (low, middle, high) in found.items()
         ]
         print(f"\n{name}, {given.rounds} rounds of {BATCH} x {LENGTH} tokens\n")
         print(table(("what is computed", "median ratio", "quartiles", "at most"), rows), flush=True)
+        today = measure_today(model, min(given.rounds, 3))
+        rows = [[what, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"] for what, (low, middle, high) in today.items()]
+        print()
+        print(table(("what users do today", "median ratio", "quartiles"), rows), flush=True)
 
 
 if __name__ == "__main__":

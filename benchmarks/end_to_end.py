@@ -20,10 +20,10 @@ from common import BATCH, forget_peak, load, machine, resident, table, tokens_fo
 from ffnprobe.forward import choose_layers
 from ffnprobe.models import plain
 from ffnprobe.spectrum import eigenvalues, participation_ratio, soft_rank
-from ffnprobe.statistics import Moments
+from ffnprobe.statistics import CoActivation, FiringRate, Marginals, Moments, TopActivations
 from ffnprobe.stream import Probe, collect
 
-WAYS = ("bare", "streamed", "cached")
+WAYS = ("bare", "streamed", "full", "cached")
 
 
 def bare(model, tokens) -> list[float]:
@@ -39,6 +39,18 @@ def streamed(model, tokens) -> list[float]:
     probes = {f"{tap.layer}": Probe(tap.layer, "post", Moments.about) for tap in choose_layers(model)}
     spectra = (eigenvalues(moments.compute().centred) for moments in collect(model, tokens, probes).values())
     return [rank(spectrum) for spectrum in spectra for rank in (participation_ratio, soft_rank)]
+
+
+def full(model, tokens) -> list[float]:
+    """ffnprobe with everything that it can sum of h; the bytes of the sums are said beside the peak."""
+    kinds = (Marginals, FiringRate, TopActivations, Moments, CoActivation)
+    probes = {
+        f"{kind.__name__}/{tap.layer}": Probe(tap.layer, "post", kind.about)
+        for tap in choose_layers(model)
+        for kind in kinds
+    }
+    collected = collect(model, tokens, probes).values()
+    return [sum(tensor.nbytes for statistic in collected for tensor in statistic.tensors().values()) / 2**20]
 
 
 def cached(model, tokens) -> list[float]:
@@ -65,8 +77,9 @@ def child(way: str, tokens: int, name: str) -> None:
         plain(model).base_model(input_ids=packed.ids[:1], use_cache=False)
     before, started = resident(), time.perf_counter()
     forget_peak()
-    globals()[way](model, packed)
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak": resident("VmHWM") - before}))
+    answer = globals()[way](model, packed)
+    found = {"seconds": time.perf_counter() - started, "peak": resident("VmHWM") - before}
+    print(json.dumps(found | {"sums": answer[0] if way == "full" else None}))
 
 
 def main() -> None:
@@ -97,8 +110,9 @@ def main() -> None:
                     given.model,
                 ]
                 found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-                rows.append([way, f"{tokens:,}", f"{found['seconds']:.1f}", f"{found['peak'] / 2**20:,.0f}"])
-    print(table(("way", "tokens", "seconds", "MiB beyond the model"), rows))
+                sums = "" if found["sums"] is None else f"{found['sums']:,.0f}"
+                rows.append([way, f"{tokens:,}", f"{found['seconds']:.1f}", f"{found['peak'] / 2**20:,.0f}", sums])
+    print(table(("way", "tokens", "seconds", "MiB beyond the model", "MiB of them sums"), rows))
 
 
 if __name__ == "__main__":
