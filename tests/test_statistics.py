@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ffnprobe.statistics
-from ffnprobe.statistics import Count, FiringRate, Moments, Statistic, TopActivations
+from ffnprobe.statistics import Count, FiringRate, Moments, SketchedMoments, Statistic, TopActivations
 
 WIDTH, N = 5, 12
 GENERATOR = torch.Generator().manual_seed(0)
@@ -18,6 +18,7 @@ MAKERS = {
     Count: lambda: Count.about(X[:3]),
     FiringRate: lambda: FiringRate.about(X[:3]),
     Moments: lambda: Moments.about(X[:3]),
+    SketchedMoments: lambda: SketchedMoments.about(X[:3], k=8),
     TopActivations: lambda: TopActivations.about(X[:3], k=4, by_magnitude=True),
 }
 
