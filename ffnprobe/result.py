@@ -58,7 +58,10 @@ class Result:
 
     def to_frame(self) -> pd.DataFrame:
         """One line a row, one column a field."""
-        return pd.DataFrame({f.name: [getattr(row, f.name) for row in self.rows] for f in fields(self.row_type)})
+        columns = {f.name: [getattr(row, f.name) for row in self.rows] for f in fields(self.row_type)}
+        frame = pd.DataFrame(columns)
+        # pandas makes floats of integers with a gap
+        return frame.astype({f.name: "Int64" for f in fields(self.row_type) if f.type == "int | None"})
 
     def save(self, path: str | Path) -> Path:
         """Write the table as parquet; units and meanings go into the schema, settings into its metadata."""

@@ -11,6 +11,7 @@ from ffnprobe.statistics import (
     FiringRate,
     Marginals,
     Moments,
+    SketchedMoments,
     Statistic,
     TopActivations,
     triangle,
@@ -30,6 +31,7 @@ MAKERS = {
     FiringRate: lambda: FiringRate.about(X[:3]),
     Marginals: lambda: Marginals.about(X[:3]),
     Moments: lambda: Moments.about(X[:3]),
+    SketchedMoments: lambda: SketchedMoments.about(X[:3], k=8),
     TopActivations: lambda: TopActivations.about(X[:3], k=4, by_magnitude=True),
 }
 

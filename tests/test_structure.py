@@ -11,8 +11,8 @@ import ffnprobe
 
 ROOT = Path(ffnprobe.__file__).parent
 RANKS = (
-    ("errors",),
-    ("disk", "ffn", "spectrum", "clustering", "statistics", "backoff"),
+    ("errors", "spectrum"),
+    ("disk", "ffn", "clustering", "statistics", "backoff"),
     ("result", "figure", "taps", "hub", "lock", "tensors"),
     ("check", "manifest"),
     ("models", "corpus", "executors"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from einops import einsum
-from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,10 +19,15 @@ from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
 from ..models import Model, ffns
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
-from ..statistics import Count, Covariance, Moments
-from ..stream import SITES, Probe, choose_layers, collect, settings_of
+from ..statistics import Moments, SketchedMoments
+from ..stream import choose_layers, collect, settings_of
+from .rank_probes import BUDGET, sites, triangle
+from .rank_probes import moment_bytes as moment_bytes
+from .rank_probes import probes as probes
 
 RULE = "supported if, in most layers (sign test, 5%),"
+_Moments = TypeVar("_Moments", Moments, SketchedMoments)
+_Judgement = Literal["supported", "mixed", "not supported"]
 MARK = {
     "in": ("x, read", BLUE),
     "pre": ("z, pre-activation", ORANGE),
@@ -49,7 +53,7 @@ class Row:
     stable_rank: float = column("directions", "sum l / max l")
     rank_at_90: int = column("directions", "fewest with 90% of the variance; wants 50 tokens a dimension")
     rank_at_99: int = column("directions", "fewest with 99% of the variance; wants 50 tokens a dimension")
-    numerical_rank: int = column("directions", "eigenvalues above rounding")
+    numerical_rank: int | None = column("directions", "eigenvalues above rounding; unknown where sketched")
     early_enrichment: float = column("0..1", "how early the cumulative spectrum fills: 0 flat, 1 one direction")
     divergence_from_pre: float | None = column("nats", "Jensen-Shannon divergence from z's spectrum, to ln 2")
     participation_ratio_uncentred: float = column("directions", "hard rank of the second moment about zero")
@@ -60,6 +64,16 @@ class Row:
         "directions", "hard rank with random weights here, on the same input; of an isotropic Gaussian for in"
     )
     soft_rank_null: float = column("directions", "soft rank of the same null")
+    sketch: int = column(
+        "test vectors",
+        "0: exact; else all but the participation ratios are of the spectrum that was completed from so many",
+    )
+    unresolved: float = column("0..1", "no eigenvalue lies further above the sketch's, as a share of the variance")
+    participation_ratio_error: float = column("0..1", "relative standard error of the debiased ratio")
+    soft_rank_low: float = column("directions", "least soft rank of a spectrum likely to give this sketch")
+    soft_rank_high: float = column("directions", "greatest soft rank of a spectrum likely to give this sketch")
+    soft_rank_least: float = column("directions", "proven: no spectrum below this can give this sketch")
+    soft_rank_most: float = column("directions", "proven: no spectrum above this can give this sketch")
 
 
 @dataclass(frozen=True)
@@ -83,11 +97,22 @@ class HiddenRank(Result):
             f"Expansion by {first.width / before[0].width:.3g} multiplies the soft rank by {grows:.2f} (median "
             f"layer); random weights on the same inputs: {null:.2f}. Contraction multiplies it by {shrinks:.2f}.",
             f"The hidden layer has {middle.width:,} neurons and, at layer {middle.layer} (the median one), a "
-            f"soft rank of {middle.soft_rank:.0f} ± {middle.soft_rank_spread:.0f} (at endless tokens "
-            f"{middle.soft_rank_extrapolated:.0f}; random weights {middle.soft_rank_null:.0f}) and a "
-            f"participation ratio of {middle.participation_ratio_debiased:.0f} (random weights "
+            f"soft rank of {middle.soft_rank:.0f} ± {middle.soft_rank_spread:.0f} ({_bound(middle)}at endless "
+            f"tokens {middle.soft_rank_extrapolated:.0f}; random weights {middle.soft_rank_null:.0f}) and a "
+            f"participation ratio of {middle.participation_ratio_debiased:.0f}{_error(middle)} (random weights "
             f"{middle.participation_ratio_null:.0f}).",
         ]
+        if first.sketch:
+            least, most = (
+                median(getattr(h, end) / x.soft_rank for h, x in zip(hidden, before, strict=True))
+                for end in ("soft_rank_low", "soft_rank_high")
+            )
+            sentences.append(
+                f"Sketched: exact covariances of {first.width:,} neurons exceed the budget, so h was seen through "
+                f"{first.sketch} test vectors, which leave {median(row.unresolved for row in hidden):.0%} of its "
+                f"variance unresolved (median layer): no eigenvalue is off by more. The expansion multiplies the "
+                f"soft rank by {least:.2f} to {most:.2f}, the range that the sketch leaves likely."
+            )
         worst = max(hidden, key=lambda row: row.soft_rank / row.soft_rank_unmasked)
         if worst.sinks and worst.soft_rank > 2 * worst.soft_rank_unmasked:
             apart = f"{worst.sinks} sinks and {worst.special} special tokens"
@@ -118,26 +143,32 @@ class HiddenRank(Result):
         n = len(hidden)
         if n < FEWEST_LAYERS:
             return []
-        wider = sum(h.soft_rank - h.soft_rank_spread > x.soft_rank for h, x in zip(hidden, before, strict=True))
-        learnt = sum(h.soft_rank - h.soft_rank_spread > h.soft_rank_null for h in hidden)
-        narrower = sum(y.soft_rank < h.soft_rank - h.soft_rank_spread for y, h in zip(after, hidden, strict=True))
+        wider, learnt, narrower = ([], [], [])
+        for end in ("soft_rank_low", "soft_rank_high"):  # equal where exact
+            ends = [getattr(h, end) - h.soft_rank_spread for h in hidden]
+            wider.append(sum(rank > x.soft_rank for rank, x in zip(ends, before, strict=True)))
+            learnt.append(sum(rank > h.soft_rank_null for rank, h in zip(ends, hidden, strict=True)))
+            narrower.append(sum(y.soft_rank < rank for rank, y in zip(ends, after, strict=True)))
         chosen = sum(y.soft_rank < y.soft_rank_null for y in after)
         return [
             Verdict(
                 claim=2,
                 rule=f"{RULE} the soft rank of h exceeds that of x by more than the document spread, and exceeds "
-                "that of random weights on the same x; mixed if only the first holds",
-                measured=f"h above x in {wider} of {n} layers, h above random weights in {learnt} of {n}",
-                verdict=_judge(beyond(wider, n), beyond(learnt, n)),
+                "that of random weights on the same x; mixed if only the first holds, or if a sketch "
+                "leaves both likely",
+                measured=f"h above x in {_to(wider)} of {n} layers, h above random weights in {_to(learnt)} of "
+                f"{n}",
+                verdict=_agreed(_judge(beyond(w, n), beyond(l, n)) for w, l in zip(wider, learnt, strict=True)),
                 against="An untrained random layer already raises the linear rank, up to 1.9 d for ReLU; and no "
                 "smooth map can raise the dimension of the data manifold, however wide it is.",
             ),
             Verdict(
                 claim=3,
                 rule=f"{RULE} the soft rank of y is below that of h by more than the document spread, and "
-                "below that of random values on the same h; mixed if only the first holds",
-                measured=f"y below h in {narrower} of {n} layers, y below random values in {chosen} of {n}",
-                verdict=_judge(beyond(narrower, n), beyond(chosen, n)),
+                "below that of random values on the same h; mixed if only the first holds, or if a sketch "
+                "leaves both likely",
+                measured=f"y below h in {_to(narrower)} of {n} layers, y below random values in {chosen} of {n}",
+                verdict=_agreed(_judge(beyond(w, n), beyond(chosen, n)) for w in narrower),
                 against="y has only d_model dimensions, so part of the fall in rank is forced by the shape; a "
                 "low rank does not show that what was dropped did not matter.",
             ),
@@ -156,6 +187,16 @@ class HiddenRank(Result):
                 low = [row.soft_rank - row.soft_rank_spread for row in rows]
                 high = [row.soft_rank + row.soft_rank_spread for row in rows]
                 profile.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+                if any(row.sketch for row in rows):
+                    bound = ([row.soft_rank_low for row in rows], [row.soft_rank_high for row in rows])
+                    profile.fill_between(
+                        layers,
+                        *bound,
+                        facecolor="none",
+                        edgecolor=GREY,
+                        hatch="///",
+                        label="h, likely by the sketch",
+                    )
                 profile.plot(
                     layers, [row.soft_rank_null for row in rows], "--", color=GREY, label="h, random weights"
                 )
@@ -192,26 +233,6 @@ class HiddenRank(Result):
         return figure
 
 
-def probes(layers: Sequence[FFN], seed: int = 0) -> dict[str, Probe]:
-    """What `hidden_rank` needs of one pass over the tokens."""
-    wanted: dict[str, Probe] = {}
-    for ffn in layers:
-        prefix = f"hidden_rank/{ffn.layer}"
-        for site in _sites(ffn):
-            probe = Probe(ffn.layer, site, Moments.about)
-            if site in ("pre", "up"):
-                # z is linear in x: d_model numbers tell its spectrum, for d_model^2 of work instead of d_mlp^2
-                probe = Probe(ffn.layer, "in", Moments.about, of=_reading(ffn.canonical(), site))
-            elif site == "post" and ffn.gated:
-                probe = replace(probe, of=_scaling(ffn))
-            wanted |= {f"{prefix}/{site}/{half}": replace(probe, half=half) for half in (0, 1)}
-            wanted[f"{prefix}/{site}/dropped"] = replace(probe, kinds=("sink", "special"))
-        null = ffn.canonical().randomised(seed)
-        wanted[f"{prefix}/post/null"] = Probe(ffn.layer, "in", Moments.about, of=null.hidden)
-        wanted[f"{prefix}/sinks"] = Probe(ffn.layer, "in", Count.about, kinds=("sink",))
-    return wanted
-
-
 def check_documents(tokens: Tokens) -> None:
     """Refuse, before the model is run, text whose two halves cannot be compared.
 
@@ -231,6 +252,7 @@ def hidden_rank(
     *,
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    budget: int = BUDGET,
     statistics: Mapping[str, Any] | None = None,
     **collecting: Any,
 ) -> HiddenRank:
@@ -241,69 +263,72 @@ def hidden_rank(
     the same inputs, each random neuron brought to the variance of the trained one: without that, a few
     random neurons that happen to meet the mean of x decide it, and two draws differ by a factor of ten.
 
+    Where the covariances would take more than the budget, h and its null are sketched (`SketchedMoments`), and
+    their ranks carry a bound.
+
     Args:
         layers: the layers to measure; all by default.
-        seed: of the null's random weights.
+        seed: of the null's random weights, and of a sketch's test vectors.
+        budget: bytes that all moments may take; see `moment_bytes`.
         statistics: what one `collect` over `probes(...)` gave, when several analyzers share a pass.
         collecting: passed to `collect` (batch, sink_factor, progress).
 
     Raises:
-        InputError: a layer that is not there, or a single document.
+        InputError: a layer that is not there, a single document, or a budget that is too small.
     """
     chosen = {tap.layer for tap in choose_layers(model, layers)}
     measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
     check_documents(tokens)
     if statistics is None:
-        statistics = collect(model, tokens, probes(measured, seed), **collecting)
+        statistics = collect(model, tokens, probes(measured, seed, budget), **collecting)
     rows = [row for ffn in measured for row in _layer_rows(ffn.canonical(), statistics, seed)]
-    return HiddenRank(rows, settings_of(model, tokens, seed, **collecting))
+    return HiddenRank(rows, settings_of(model, tokens, seed, **collecting) | {"budget": budget})
 
 
-def _judge(first: bool, second: bool) -> Literal["supported", "mixed", "not supported"]:
+def _judge(first: bool, second: bool) -> _Judgement:
     return "not supported" if not first else "supported" if second else "mixed"
 
 
-def _sites(ffn: FFN) -> list[str]:
-    return [site for site in SITES if site != "up" or ffn.gated]
+def _agreed(judged: Iterable[_Judgement]) -> _Judgement:
+    """What both ends of a bound say, else mixed."""
+    low, high = judged
+    return low if low == high else "mixed"
 
 
-def _triangle(ffn: FFN, site: str) -> tuple[Float[Tensor, "k d_model"], Float[Tensor, " k"]]:
-    """(A, b) such that A x + b is the pre-activation in an orthonormal basis of its own span."""
-    matrix, bias = ffn.keys, ffn.key_bias
-    if site == "pre" and ffn.gates is not None:
-        matrix, bias = ffn.gates, ffn.gate_bias
-    offset = matrix.new_zeros(len(matrix)) if bias is None else bias
-    triangle = torch.linalg.qr(torch.cat([matrix, offset[:, None]], dim=1).double(), mode="r").R
-    return triangle[:, :-1], triangle[:, -1]
+def _to(ends: list[int]) -> str:
+    low, high = ends
+    return str(low) if low == high else f"{low} to {high}"
 
 
-def _reading(ffn: FFN, site: str) -> Callable[[Tensor], Tensor]:
-    matrix, offset = (part.to(ffn.keys.dtype) for part in _triangle(ffn, site))
-    return lambda x: x @ matrix.mT + offset
+def _bound(row: Row) -> str:
+    if not row.sketch:
+        return ""
+    likely, proven = (row.soft_rank_low, row.soft_rank_high), (row.soft_rank_least, row.soft_rank_most)
+    return "sketched: likely {:.0f} to {:.0f}, proven {:.0f} to {:.0f}; ".format(*likely, *proven)
 
 
-def _scaling(ffn: FFN) -> Callable[[Tensor], Tensor]:
-    gauge = ffn.gauge
-    return lambda hidden: hidden * gauge
+def _error(row: Row) -> str:
+    return f" ± {row.participation_ratio_error:.1%}" if row.sketch else ""
 
 
 def _layer_rows(ffn: FFN, statistics: Mapping[str, Any], seed: int) -> list[Row]:
     prefix, null = f"hidden_rank/{ffn.layer}", ffn.randomised(seed)
     sinks = statistics[f"{prefix}/sinks"].n
     rows, spectra, covariances = [], {}, {}
-    for site in _sites(ffn):
+    for site in sites(ffn):
         halves = [statistics[f"{prefix}/{site}/{half}"] for half in (0, 1)]
         kept = _merged(*halves)
         everything = _merged(kept, statistics[f"{prefix}/{site}/dropped"])
         covariance = covariances[site] = kept.compute()
-        spectra[site] = sp.eigenvalues(covariance.centred)
-        uncentred = sp.eigenvalues(covariance.uncentred)
-        unmasked = sp.eigenvalues(everything.compute().centred)
-        half_ranks = [sp.soft_rank(sp.eigenvalues(half.compute().centred)) for half in halves]
-        soft = sp.soft_rank(spectra[site])
+        centred, uncentred = covariance.spectrum(), covariance.spectrum(centred=False)
+        spectrum = spectra[site] = centred.values
+        unmasked = everything.compute().spectrum()
+        half_ranks = [sp.soft_rank(half.compute().spectrum().values) for half in halves]
+        soft = sp.soft_rank(spectrum)
         lost = torch.tensor(soft).log() - torch.tensor(half_ranks).log().mean()  # by halving the tokens
         width = ffn.d_model if site in ("in", "out") else ffn.d_mlp
-        null_pr, null_soft = _null_ranks(site, ffn, null, covariances, statistics[f"{prefix}/post/null"])
+        null_pr, null_soft = _null_ranks(site, ffn, null, covariances, statistics)
+        debiased = kept.participation_ratio()
         rows.append(
             Row(
                 layer=ffn.layer,
@@ -312,47 +337,58 @@ def _layer_rows(ffn: FFN, statistics: Mapping[str, Any], seed: int) -> list[Row]
                 tokens=kept.n,
                 sinks=sinks,
                 special=everything.n - kept.n - sinks,
-                participation_ratio=sp.participation_ratio(spectra[site]),
-                participation_ratio_debiased=kept.participation_ratio(),
+                participation_ratio=centred.participation_ratio,
+                participation_ratio_debiased=debiased,
                 soft_rank=soft,
                 soft_rank_extrapolated=min(width, soft * float(lost.exp())),
                 soft_rank_spread=abs(half_ranks[0] - half_ranks[1]) / 2,
-                erank_rv=sp.erank_rv(spectra[site]),
-                stable_rank=sp.stable_rank(spectra[site]),
-                rank_at_90=sp.rank_at_energy(spectra[site], 0.90),
-                rank_at_99=sp.rank_at_energy(spectra[site], 0.99),
-                numerical_rank=sp.numerical_rank(spectra[site]),
-                early_enrichment=sp.early_enrichment(_padded(spectra[site], width)),
+                erank_rv=sp.erank_rv(spectrum),
+                stable_rank=sp.stable_rank(spectrum),
+                rank_at_90=sp.rank_at_energy(spectrum, 0.90),
+                rank_at_99=sp.rank_at_energy(spectrum, 0.99),
+                numerical_rank=None if covariance.sketch else sp.numerical_rank(spectrum),
+                early_enrichment=sp.early_enrichment(_padded(spectrum, width)),
                 divergence_from_pre=_divergence(spectra, site),
-                participation_ratio_uncentred=sp.participation_ratio(uncentred),
-                soft_rank_uncentred=sp.soft_rank(uncentred),
-                participation_ratio_unmasked=sp.participation_ratio(unmasked),
-                soft_rank_unmasked=sp.soft_rank(unmasked),
+                participation_ratio_uncentred=uncentred.participation_ratio,
+                soft_rank_uncentred=sp.soft_rank(uncentred.values),
+                participation_ratio_unmasked=unmasked.participation_ratio,
+                soft_rank_unmasked=sp.soft_rank(unmasked.values),
                 participation_ratio_null=null_pr,
                 soft_rank_null=null_soft,
+                sketch=covariance.sketch,
+                unresolved=centred.unresolved,
+                # what is taken off for the finite number of tokens is exact, and makes the error larger
+                participation_ratio_error=centred.participation_ratio_error
+                * abs(debiased / centred.participation_ratio),
+                soft_rank_low=centred.soft_rank_range[0],
+                soft_rank_high=centred.soft_rank_range[1],
+                soft_rank_least=centred.soft_rank_bound[0],
+                soft_rank_most=centred.soft_rank_bound[1],
             )
         )
     return rows
 
 
 def _null_ranks(
-    site: str, ffn: FFN, null: FFN, covariances: Mapping[str, Covariance], null_hidden: Moments
+    site: str,
+    ffn: FFN,
+    null: FFN,
+    covariances: Mapping[str, Any],
+    statistics: Mapping[str, Any],
 ) -> tuple[float, float]:
     if site == "in":
         return sp.isotropic_ranks(ffn.d_model, covariances["in"].n)
+    measured = f"hidden_rank/{ffn.layer}/{site}/null"
     if site == "post":
-        through = null_hidden.compute().centred
-        trained = covariances["post"].centred.diagonal()
-        scale = (trained / through.diagonal().clamp(min=torch.finfo(through.dtype).tiny)).sqrt()
-        through = scale[:, None] * through * scale
+        ranks = statistics[measured].compute().scaled(covariances["post"].variance)
+    elif measured in statistics:
+        ranks = statistics[measured].compute().spectrum().values
     elif site == "out":
-        through = einsum(
-            null.values.double(), covariances["post"].centred, null.values.double(), "i d, i j, j e -> d e"
-        )
+        values = null.values.double()
+        ranks = sp.eigenvalues(einsum(values, covariances["post"].centred, values, "i d, i j, j e -> d e"))
     else:
-        matrix, _ = _triangle(null, site)
-        through = matrix @ covariances["in"].centred @ matrix.mT
-    ranks = sp.eigenvalues(through)
+        matrix, _ = triangle(null, site)
+        ranks = sp.eigenvalues(matrix @ covariances["in"].centred @ matrix.mT)
     return sp.participation_ratio(ranks), sp.soft_rank(ranks)
 
 
@@ -367,8 +403,8 @@ def _padded(spectrum: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(spectrum, (0, width - len(spectrum)))
 
 
-def _merged(*parts: Moments) -> Moments:
-    whole = Moments(parts[0].state())
+def _merged(*parts: _Moments) -> _Moments:
+    whole = type(parts[0])(parts[0].state())
     for part in parts[1:]:
         whole.merge(part)
     return whole

@@ -13,11 +13,12 @@ from typing import Any
 
 from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
 from ..analyzers.hidden_rank import HiddenRank, check_documents
-from ..analyzers.hidden_rank import probes as rank_probes
 from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
 from ..analyzers.memories import probes as memory_probes
 from ..analyzers.neuron_clusters import NeuronClusters
+from ..analyzers.rank_probes import BUDGET
+from ..analyzers.rank_probes import probes as rank_probes
 from ..analyzers.weight_rank import WeightRank
 from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
 from ..errors import InputError
@@ -50,6 +51,7 @@ class Settings:
     nonfinite: str = "stop"
     batch: int = BATCH
     shard: int | None = None
+    budget: int = BUDGET  # bytes of all moments
 
     def command(self, out: str) -> str:
         """The command line that makes this report again."""
@@ -61,6 +63,7 @@ class Settings:
         options += [f"--nonfinite {self.nonfinite}"] if self.nonfinite != "stop" else []
         options += [f"--batch {self.batch}"] if self.batch != BATCH else []
         options += [f"--shard {self.shard}"] if self.shard else []
+        options += [f"--budget {self.budget}"] if self.budget != BUDGET else []
         return " ".join(["ffnprobe report", quote(self.model), *options, f"--out {quote(out)}"])
 
 
@@ -75,7 +78,7 @@ def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
     check_documents(tokens)
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
-    wanted = rank_probes(measured, settings.seed)
+    wanted = rank_probes(measured, settings.seed, settings.budget)
     if illegible := why_illegible(model):
         say(f"memories is left out: {illegible}")
     else:
@@ -110,7 +113,7 @@ def build_report(
         }
         streamed = shared | collecting | {"statistics": outcome.statistics}
         analyses: dict[str, Callable[[], Result]] = {
-            "hidden_rank": lambda: hidden_rank(work.model, work.tokens, **streamed),
+            "hidden_rank": lambda: hidden_rank(work.model, work.tokens, budget=settings.budget, **streamed),
             "memories": lambda: memories(work.model, work.tokens, **streamed),
             "weight_rank": lambda: weight_rank(work.model, **shared),
             "neuron_clusters": lambda: neuron_clusters(work.model, **shared),

@@ -10,5 +10,8 @@ from .marginals import Marginal as Marginal
 from .marginals import Marginals as Marginals
 from .moments import Covariance as Covariance
 from .moments import Moments as Moments
+from .partial_spectrum import Spectrum as Spectrum
+from .sketched_moments import SketchedCovariance as SketchedCovariance
+from .sketched_moments import SketchedMoments as SketchedMoments
 from .top_activations import Top as Top
 from .top_activations import TopActivations as TopActivations

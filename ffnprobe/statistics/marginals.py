@@ -23,9 +23,9 @@ class Marginal:
 
 
 class Marginals(Statistic):
-    """n and the sums of z, z², z³, z⁴ of each coordinate in float64; z is x about a pilot's mean, in its deviations.
+    """n and the sums of z, z², z³, z⁴ of each coordinate in float64; z is x about a pilot's mean in its deviations.
 
-    Without the deviations the fourth powers of faint neurons are denormal, which makes a processor ten times slower.
+    Fourth powers of a faint neuron's x are denormal in float32, which is inexact and several times slower.
     """
 
     fixed = ("shift", "scale")

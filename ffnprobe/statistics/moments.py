@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .. import spectrum as sp
 from . import triangle
 from .base import Statistic, no_tokens
+from .partial_spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,22 @@ class Covariance:
     mean: Float[Tensor, " d"]
     centred: Float[Tensor, "d d"]  # covariance about the mean, divided by n
     uncentred: Float[Tensor, "d d"]  # mean of x x'
+
+    sketch: ClassVar[int] = 0  # test vectors: none, this is exact
+
+    @property
+    def variance(self) -> Float[Tensor, " d"]:
+        """Of each coordinate."""
+        return self.centred.diagonal()
+
+    def spectrum(self, centred: bool = True) -> Spectrum:
+        """Of the covariance, or of the second moment about zero."""
+        return Spectrum.exact(sp.eigenvalues(self.centred if centred else self.uncentred))
+
+    def scaled(self, variance: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """The spectrum after every coordinate is brought to this variance."""
+        scale = (variance / self.variance.clamp(min=torch.finfo(self.centred.dtype).tiny)).sqrt()
+        return sp.eigenvalues(scale[:, None] * self.centred * scale)
 
 
 class Moments(Statistic):
@@ -95,17 +114,30 @@ class Moments(Statistic):
             ValueError: fewer than four tokens.
         """
         self._need(4, "a debiased participation ratio")
-        n, s, c, q = self.n, self._state["s"], self._state["c"], self._state["q"]
-        scatter = self._scatter()
-        trace, norm = scatter.trace(), s @ s
-        t1, t2, t3 = (scatter * scatter).sum(), q, s @ c
-        t5, t6, t7, t9 = einsum(s, scatter, s, "d, d e, e ->"), trace**2, trace * norm, norm**2
-        # names say which token indices coincide in the sum over i, j, l, m
-        ij2, iijj = t1 - t2, t6 - t2
-        ijjl = t5 - 2 * t3 - t1 + 2 * t2
-        iijl = t7 - 2 * t3 - t6 + 2 * t2
-        ijlm = t9 - 2 * t7 - 4 * t5 + t6 + 8 * t3 + 2 * t1 - 6 * t2
-        f2 = n * (n - 1)
-        f3 = f2 * (n - 2)
-        f4 = f3 * (n - 3)
-        return float((iijj / f2 - 2 * iijl / f3 + ijlm / f4) / (ij2 / f2 - 2 * ijjl / f3 + ijlm / f4))
+        s, scatter = self._state["s"], self._scatter()
+        return debiased_participation_ratio(
+            self.n,
+            square=(scatter * scatter).sum(),
+            fourth=self._state["q"],
+            third=s @ self._state["c"],
+            quadratic=einsum(s, scatter, s, "d, d e, e ->"),
+            trace=scatter.trace(),
+            norm=s @ s,
+        )
+
+
+def debiased_participation_ratio(
+    n: int, *, square: Tensor, fourth: Tensor, third: Tensor, quadratic: Tensor, trace: Tensor, norm: Tensor
+) -> float:
+    """The row-corrected participation ratio from |S|², q, s'c, s'S s, tr S and |s|² of n >= 4 tokens."""
+    t1, t2, t3, t5 = square, fourth, third, quadratic
+    t6, t7, t9 = trace**2, trace * norm, norm**2
+    # names say which token indices coincide in the sum over i, j, l, m
+    ij2, iijj = t1 - t2, t6 - t2
+    ijjl = t5 - 2 * t3 - t1 + 2 * t2
+    iijl = t7 - 2 * t3 - t6 + 2 * t2
+    ijlm = t9 - 2 * t7 - 4 * t5 + t6 + 8 * t3 + 2 * t1 - 6 * t2
+    f2 = n * (n - 1)
+    f3 = f2 * (n - 2)
+    f4 = f3 * (n - 3)
+    return float((iijj / f2 - 2 * iijl / f3 + ijlm / f4) / (ij2 / f2 - 2 * ijjl / f3 + ijlm / f4))

@@ -220,6 +220,9 @@ def row(layer: int, site: str, soft: float, null: float, spread: float = 1.0) ->
             "soft_rank": soft,
             "soft_rank_null": null,
             "soft_rank_spread": spread,
+            "sketch": 0,
+            "soft_rank_low": soft,
+            "soft_rank_high": soft,
         }
     )
 
