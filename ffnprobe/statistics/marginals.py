@@ -23,7 +23,7 @@ class Marginal:
 
 
 class Marginals(Statistic):
-    """n and the sums of z, z², z³, z⁴ of each coordinate in float64; z is x about a pilot's mean in its deviations.
+    """n and the sums of z, z², z³, z⁴ of each coordinate in float64; z: x about a pilot mean in its deviations.
 
     Fourth powers of a faint neuron's x are denormal in float32, which is inexact and several times slower.
     """
