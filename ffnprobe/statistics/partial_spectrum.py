@@ -137,7 +137,7 @@ def likely_soft_ranks(
     (as El Karoui 2008 estimates spectra). None where no spectrum is like that.
 
     No proof, unlike `extremes`: the law holds on average and for many vectors. But at k = 256 it leaves
-    582 to 739 where the truth is 698 and `extremes` leave 12 to 1033.
+    582 to 778 where the truth is 698 and `extremes` leave 12 to 1033.
     """
     size = np.concatenate([[0], np.geomspace(1e-4 / count, 1, GRID)])  # shares of the trace
     law = np.stack([size / (size + blur / trace) for blur in blurs.values()])

@@ -95,7 +95,7 @@ class SketchedCovariance:
 class SketchedMoments(Statistic):
     """`Moments` with Y = sum x x'W, k columns, in place of sum x x'; the trace is kept exactly.
 
-    Linear in the tokens, so it merges like any sum; Frequent Directions, whose bound is no better, does not.
+    Linear in the tokens, so it merges like any sum, whatever the order; Frequent Directions does not.
     W is made from the seed when it is needed, of random signs: they are the same on every machine, where
     Gaussian numbers may differ in the last bit and spoil a merge, and they give the traces less variance.
     """
