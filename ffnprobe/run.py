@@ -81,7 +81,7 @@ def run(
             sweep(folder)
         _refuse_another(folder, facts)  # before a model is loaded for nothing
         work = prepare(say)
-        with _threads(executor.threads):
+        with threads_set(executor.threads):
             with locked(folder / "setup.lock", wait=log.info):
                 plan = work.plan()
                 _agree(folder, facts | plan, _circumstances(work, executor), say)
@@ -262,7 +262,8 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_set(count: int) -> Iterator[None]:
+    """So many threads within, as many as before after."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -12,7 +12,7 @@ import ffnprobe
 ROOT = Path(ffnprobe.__file__).parent
 RANKS = (
     ("errors",),
-    ("disk", "ffn", "spectrum", "clustering", "statistics", "backoff"),
+    ("disk", "ffn", "spectrum", "clustering", "statistics", "backoff", "memory"),
     ("result", "figure", "taps", "hub", "lock", "tensors"),
     ("check", "manifest"),
     ("models", "corpus", "executors"),
