@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,17 @@ Corpus = Annotated[
 Dataset = Annotated[str | None, typer.Option(help="A data set of the hub instead.")]
 Seed = Annotated[int, typer.Option(help="Of the document sample and of every null.", min=0, max=2**31)]
 SinkFactor = Annotated[float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)]
+Out = Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")]
+Nonfinite = Annotated[str, typer.Option(help="At a NaN or Inf: stop, or skip its token.")]
+Batch = Annotated[int, typer.Option(help="Sequences a forward pass.", min=1)]
+Shard = Annotated[
+    int | None, typer.Option(help="Tokens a shard: what a crash may cost. 8,192 or more by default.", min=1)
+]
+ExecutorName = Annotated[str, typer.Option("--executor", help="inline, process, rank (torchrun, SLURM) or ray.")]
+Budget = Annotated[
+    str, typer.Option(help="Memory for covariances, as in 4GiB or 500MB; above it wide layers are sketched.")
+]
+Workers = Annotated[int, typer.Option(help="Processes that share the cores.", min=1)]
 
 
 @app.callback()
@@ -53,25 +66,21 @@ def report(
     layers: Layers = None,
     corpus: Corpus = None,
     dataset: Dataset = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
+    out: Out = None,
     seed: Seed = 0,
     sink_factor: SinkFactor = 10.0,
-    nonfinite: Annotated[str, typer.Option(help="At a NaN or Inf: stop, or skip its token.")] = "stop",
-    batch: Annotated[int, typer.Option(help="Sequences a forward pass.", min=1)] = 8,
-    shard: Annotated[
-        int | None,
-        typer.Option(help="Tokens a shard: what a crash may cost. 8,192 or more by default.", min=1),
-    ] = None,
-    executor: Annotated[str, typer.Option(help="inline, process, rank (torchrun, SLURM) or ray.")] = "inline",
-    workers: Annotated[int, typer.Option(help="Processes that share the cores.", min=1)] = 2,
+    nonfinite: Nonfinite = "stop",
+    batch: Batch = 8,
+    shard: Shard = None,
+    budget: Budget = "4GiB",
+    executor: ExecutorName = "inline",
+    workers: Workers = 2,
 ) -> None:
     """Measure a model's feed-forward layers and write tables, figures and report.html.
 
     The same command again goes on where it stopped. A run folder in the place of MODEL is drawn again from
     what it holds, without the model.
     """
-    if corpus and dataset:
-        raise InputError("got both --corpus and --dataset: give one of them")
     from .report.build import Settings, build_report, render_run
 
     with _progress() as show:
@@ -81,10 +90,20 @@ def report(
         else:
             from .executors import executor_of
 
-            chosen = parse_layers(layers)
-            settings = Settings(model, tokens, chosen, corpus, dataset, seed, sink_factor, nonfinite, batch, shard)
-            name = Path(model).resolve().name if Path(model).exists() else Path(model).name
-            folder = out or Path("runs") / name
+            settings = Settings(
+                model,
+                tokens,
+                parse_layers(layers),
+                corpus,
+                dataset,
+                seed,
+                sink_factor,
+                nonfinite,
+                batch,
+                shard,
+                parse_size(budget),
+            )
+            folder = out or _folder(model)
             where = executor_of(executor, workers)
             findings = build_report(settings, folder, where, say=show.say, progress=show.step)
     if not findings:
@@ -93,6 +112,51 @@ def report(
     for finding in findings:
         typer.echo(f"* {finding}")
     typer.echo(f"\nopen {folder / 'report.html'}")
+
+
+@app.command()
+def plan(
+    model: Model,
+    tokens: Tokens = 16_384,
+    layers: Layers = None,
+    corpus: Corpus = None,
+    dataset: Dataset = None,
+    out: Out = None,
+    seed: Seed = 0,
+    sink_factor: SinkFactor = 10.0,
+    nonfinite: Nonfinite = "stop",
+    batch: Batch = 8,
+    shard: Shard = None,
+    budget: Budget = "4GiB",
+    executor: ExecutorName = "inline",
+    workers: Workers = 2,
+) -> None:
+    """Say what memory, disk and time a report with these options will take, from one timed batch.
+
+    Ends with 4 where the machine has less memory or disk.
+    """
+    started = time.perf_counter()
+    from .executors import executor_of
+    from .report.build import Settings
+    from .report.plan import plan_report
+
+    settings = Settings(
+        model,
+        tokens,
+        parse_layers(layers),
+        corpus,
+        dataset,
+        seed,
+        sink_factor,
+        nonfinite,
+        batch,
+        shard,
+        parse_size(budget),
+    )
+    planned = plan_report(settings, out or _folder(model), executor_of(executor, workers), _say, started)
+    for line in planned.lines():
+        typer.echo(line)
+    planned.check()
 
 
 @app.command()
@@ -279,6 +343,25 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
             raise InputError(f"layers {text!r} count down: write {last}-{first}")
         chosen |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(chosen))
+
+
+def _folder(model: str) -> Path:
+    path = Path(model)
+    return Path("runs") / (path.resolve() if path.exists() else path).name
+
+
+def parse_size(text: str) -> int:
+    """The bytes that `4GiB` or `500MB` names.
+
+    Raises:
+        InputError: it is not written so.
+    """
+    units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise InputError(f"size {text!r} is not understood: write it as in 4GiB or 500MB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** units[unit.upper()])
 
 
 def _neuron(text: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from .errors import InputError, MachineError
 from .executors import Executor, Inline
 from .lock import Lock, locked
 from .models import plain
-from .shards import PILOT, Maker, Work, entry, merge, named, read_pilot, shard_path, write_pilot
+from .shards import PILOT, Maker, Work, check_pilot, entry, merge, shard_path, size_of, write_pilot
 from .statistics import Statistic
 from .stream import Progress
 from .tensors import Damaged
@@ -81,10 +81,11 @@ def run(
             sweep(folder)
         _refuse_another(folder, facts)  # before a model is loaded for nothing
         work = prepare(say)
-        with _threads(executor.threads):
+        with threads_set(executor.threads):
             with locked(folder / "setup.lock", wait=log.info):
-                _agree(folder, facts | work.plan(), _circumstances(work, executor), say)
-                pilot_sha256, size = _set_up(folder, work, executor, say)
+                plan = work.plan()
+                _agree(folder, facts | plan, _circumstances(work, executor), say)
+                pilot_sha256, size = _set_up(folder, work, plan, executor, say)
             outcome = _complete(folder, prepare, work, pilot_sha256, size, executor, lock, say, progress)
         yield work, outcome
 
@@ -111,23 +112,19 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def _set_up(folder: Path, work: Work, executor: Executor, say: Say) -> tuple[str, int]:
+def _set_up(folder: Path, work: Work, plan: Mapping[str, Any], executor: Executor, say: Say) -> tuple[str, int]:
     """Make sure of the pilot; its sha256, and the bytes of its statistics."""
     for known in reversed(manifest.read(folder).get(PILOT, [])):
         try:
-            return known.sha256, _size(read_pilot(folder, known.sha256).starts)
+            return known.sha256, check_pilot(folder, known.sha256, plan)
         except Damaged as damage:
             say(f"{damage}: it is made again")
     started = time.perf_counter()
     pilot = work.pilot()
-    written = write_pilot(folder, pilot)
+    written = write_pilot(folder, pilot, plan)
     made = entry(folder / PILOT, written, work.batch, time.perf_counter() - started)
     manifest.add(folder, made, executor.writer)
-    return made.sha256, _size(pilot.starts)
-
-
-def _size(statistics: Mapping[str, Statistic]) -> int:
-    return sum(tensor.nbytes for tensor in named(statistics).values())
+    return made.sha256, size_of(pilot.starts)
 
 
 def _complete(
@@ -265,7 +262,8 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_set(count: int) -> Iterator[None]:
+    """So many threads within, as many as before after."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -6,9 +6,10 @@ ends as one file, so who computes it, when, and after how many crashes changes n
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,16 +24,16 @@ from .corpus import Tokens
 from .disk import sweep
 from .fingerprint import fingerprints
 from .manifest import Entry
-from .models import Model, plain
+from .models import Model, plain, taps
 from .sinks import Sinks
 from .statistics import Statistic
 from .stream import BATCH, SINK_FACTOR, Pilot, Probe, Progress, collect_rows, counting, pilot
-from .tensors import Damaged, read_tensors, write_tensors
+from .tensors import Damaged, stored, write_tensors
 
 log = logging.getLogger(__name__)
 
 SHARD = 8192  # tokens
-MOST = 32  # shards, where nobody asked for a size: each is as large on disk as all statistics together
+MOST = 16  # shards, where nobody asked for a size: each is as large on disk as all statistics together
 PILOT = "pilot.safetensors"
 MERGED = "merged.safetensors"
 
@@ -52,8 +53,11 @@ class Work:
     def shards(self) -> tuple[Int[Tensor, " sequences"], ...]:
         """The sequences of each shard: consecutive, whole batches, all but the last one alike."""
         sequences, length = self.tokens.ids.shape
-        size = self.shard or max(SHARD, self.tokens.n // MOST)
-        batches = max(1, round(size / length / self.batch))
+        if self.shard:
+            batches = max(1, round(self.shard / length / self.batch))
+        else:
+            least = -(-sequences // (MOST * self.batch))  # rounded up, or there would be more than MOST
+            batches = max(round(SHARD / length / self.batch), least, 1)
         return torch.arange(sequences).split(batches * self.batch)
 
     def wanted(self) -> dict[str, Probe]:
@@ -80,6 +84,11 @@ class Work:
             },
         }
 
+    def devices(self) -> dict[str, torch.device]:
+        """Where the statistics of each probe are kept up: beside the weights of its layer."""
+        at: dict[int, Any] = {tap.layer: tap.down.weight for tap in taps(self.model)}
+        return {name: at[probe.layer].device for name, probe in self.wanted().items()}
+
     def pilot(self) -> Pilot:
         """What every shard starts from."""
         return pilot(
@@ -103,7 +112,7 @@ class Maker:
                 work.model,
                 work.tokens,
                 wanted,
-                read_pilot(self.folder, self.pilot_sha256, plain(work.model).device),
+                read_pilot(self.folder, self.pilot_sha256, work.devices()),
                 rows,
                 batch=batch,
                 nonfinite=work.nonfinite,
@@ -128,8 +137,8 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / "shards" / f"s-{shard:05d}.safetensors"
 
 
-def write_pilot(folder: Path, start: Pilot) -> tuple[int, str]:
-    """Save a pilot; its size and sha256."""
+def write_pilot(folder: Path, start: Pilot, plan: Mapping[str, Any]) -> tuple[int, str]:
+    """Save a pilot and the plan of its run, so that its sha256 stands for both; its size and sha256."""
     sinks = start.sinks
     layers = sorted(sinks.residual)
     numbers = {
@@ -139,7 +148,9 @@ def write_pilot(folder: Path, start: Pilot) -> tuple[int, str]:
         "factor": torch.tensor(sinks.factor, dtype=torch.float64),
     }
     tensors = named(start.starts)
-    about = {
+    about: dict[str, Any] = {
+        "plan": plan,
+        "bytes": size_of(start.starts),
         "kinds": _kinds(start.starts),
         "moved": [name for name, tensor in tensors.items() if tensor.device.type != "cpu"],
         # most sums start at zero: one number in place of gigabytes, which each shard reads again
@@ -150,28 +161,42 @@ def write_pilot(folder: Path, start: Pilot) -> tuple[int, str]:
     return write_tensors(folder / PILOT, tensors, about)
 
 
-def read_pilot(folder: Path, digest: str, device: torch.device | str = "cpu") -> Pilot:
-    """The pilot that was saved, its statistics where they were: on the accelerator or not.
+def check_pilot(folder: Path, digest: str, plan: Mapping[str, Any]) -> int:
+    """The bytes of the statistics of a pilot that was saved.
+
+    Raises:
+        Damaged: it is not what was written, or of another plan.
+    """
+    with stored(folder / PILOT, digest) as (_, about, _):
+        if about["plan"] != json.loads(json.dumps(plan)):
+            raise Damaged(f"{PILOT} is of another plan")
+        return about["bytes"]
+
+
+def read_pilot(folder: Path, digest: str, devices: Mapping[str, torch.device] | None = None) -> Pilot:
+    """The pilot that was saved, its statistics where they were: on the accelerator that is given, or not.
 
     Raises:
         Damaged: it is not what was written.
     """
-    tensors, about, _ = read_tensors(folder / PILOT, digest)
-    factor = float(tensors.pop("sinks:factor"))
-    layers, residual, hidden = (tensors.pop(f"sinks:{name}").tolist() for name in ("layer", "residual", "hidden"))
-    sinks = Sinks(factor, dict(zip(layers, residual, strict=True)), dict(zip(layers, hidden, strict=True)))
-    for name, shape in about["shapes"].items():
-        value = tensors[name].item()
-        tensors[name] = (
-            torch.full(shape, value, dtype=tensors[name].dtype) if value else tensors[name].new_zeros(shape)
-        )
-    for name in about["moved"]:
-        tensors[name] = tensors[name].to(device)
-    return Pilot(sinks, dict(statistics_of(tensors, about["kinds"])))
+    with stored(folder / PILOT, digest) as (tensors, about, _):
+        layers, residual, hidden = (tensors[f"sinks:{name}"].tolist() for name in ("layer", "residual", "hidden"))
+        factor = float(tensors["sinks:factor"])
+        sinks = Sinks(factor, dict(zip(layers, residual, strict=True)), dict(zip(layers, hidden, strict=True)))
+        moved = set(about["moved"]) if devices else set()
+
+        def tensor(name: str, part: str) -> Tensor:
+            found, shape = tensors[full := f"{name}:{part}"], about["shapes"].get(full)
+            if shape is not None:
+                found = torch.full(shape, found.item(), dtype=found.dtype)
+            return found.to((devices or {})[name]) if full in moved else found
+
+        names = [name for name in tensors if not name.startswith("sinks:")]
+        return Pilot(sinks, dict(statistics_of(names, tensor, about["kinds"])))
 
 
 def merge(folder: Path, pilot_sha256: str, entries: Iterable[list[Entry]]) -> tuple[Pilot, list[Entry]]:
-    """Add the shards up in the order given, one in memory at a time, and write merged.safetensors.
+    """Add the shards up in the order given, one statistic in memory at a time, and write merged.safetensors.
 
     Returns:
         The pilot, its statistics now the sums; and the entry that each file matches.
@@ -185,17 +210,22 @@ def merge(folder: Path, pilot_sha256: str, entries: Iterable[list[Entry]]) -> tu
         path = folder / "shards" / candidates[0].name
         by_digest = {candidate.sha256: candidate for candidate in candidates}
         try:
-            tensors, about, digest = read_tensors(path, *by_digest)
-            if about["pilot"] != pilot_sha256:
-                raise Damaged(f"{path.name} started from another pilot")
+            with stored(path, *by_digest) as (tensors, about, digest):
+                if about["pilot"] != pilot_sha256:
+                    raise Damaged(f"{path.name} started from another pilot")
+                for name, part in statistics_of(tensors, lambda *at, of=tensors: of[":".join(at)], kinds):
+                    start.starts[name].merge(part)
         except Damaged:
             path.unlink(missing_ok=True)
             raise
         matched.append(by_digest[digest])
-        for name, part in statistics_of(tensors, kinds):
-            start.starts[name].merge(part)
     write_tensors(folder / MERGED, named(start.starts), {"kinds": kinds})
     return start, matched
+
+
+def size_of(statistics: Mapping[str, Statistic]) -> int:
+    """Bytes of all their tensors."""
+    return sum(tensor.nbytes for tensor in named(statistics).values())
 
 
 def named(statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
@@ -207,14 +237,17 @@ def named(statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
     }
 
 
-def statistics_of(tensors: Mapping[str, Tensor], kinds: Mapping[str, str]) -> Iterator[tuple[str, Statistic]]:
-    """The statistics whose tensors these are, one copy at a time; `kinds` says what each of them is."""
+def statistics_of(
+    names: Iterable[str], tensor: Callable[[str, str], Tensor], kinds: Mapping[str, str]
+) -> Iterator[tuple[str, Statistic]]:
+    """The statistics that have these tensors, read one statistic at a time; `kinds` says what each of them is."""
     known = {kind.__name__: kind for kind in _subclasses(Statistic)}
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in kinds}
-    for name, tensor in tensors.items():
+    parts: dict[str, list[str]] = {name: [] for name in kinds}
+    for name in names:
         statistic, _, part = name.rpartition(":")
-        states[statistic][part] = tensor
-    return ((name, known[kind](states[name])) for name, kind in kinds.items())
+        parts[statistic].append(part)
+    for name, kind in kinds.items():
+        yield name, known[kind]({part: tensor(name, part) for part in parts[name]})
 
 
 def _kinds(statistics: Mapping[str, Statistic]) -> dict[str, str]:

@@ -6,13 +6,15 @@ shuffles metadata; this one streams them, hashes what it writes, and gives the s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -71,34 +73,54 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
     return size, digest.hexdigest()
 
 
-def read_tensors(path: str | Path, *digests: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """The tensors of a file, what `about` said, and its sha256; read once, checked, then viewed in place.
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for: a file need not fit into memory as a whole."""
+
+    def __init__(self, file: BinaryIO, entries: Mapping[str, Any], base: int) -> None:
+        self.file, self.entries, self.base = file, entries, base
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        with _readable(self.file.name):
+            self.file.seek(self.base + entry["data_offsets"][0])
+            if self.file.readinto(raw_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
+                raise OSError(errno.EIO, "it has become shorter")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+@contextmanager
+def stored(path: str | Path, *digests: str) -> Iterator[tuple[Stored, dict[str, Any], str]]:
+    """The tensors of a file, what `about` said, and its sha256, which is checked before anything is read.
 
     Raises:
         Damaged: it is missing, or its sha256 is none of `digests`.
     """
+    with ExitStack() as stack:
+        with _readable(path):
+            file = stack.enter_context(open(path, "rb"))
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest not in digests:
+                raise Damaged(f"{Path(path).name} has other bytes than were written")
+            file.seek(0)
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        about = json.loads(header.pop("__metadata__")["about"])
+        yield Stored(file, header, 8 + length), about, digest
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            data = bytearray(Path(path).stat().st_size)
-            file.readinto(data)
+        yield
     except OSError as error:
         raise Damaged(f"{Path(path).name} cannot be read ({error.strerror or error})") from error
-    if (digest := hashlib.sha256(data).hexdigest()) not in digests:
-        raise Damaged(f"{Path(path).name} has other bytes than were written")
-    (length,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + length])
-    about = json.loads(header.pop("__metadata__")["about"])
-    tensors = {}
-    for name, entry in header.items():
-        (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
-        if start == end:
-            tensors[name] = torch.empty(entry["shape"], dtype=dtype)
-            continue
-        flat = torch.frombuffer(
-            data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=8 + length + start
-        )
-        tensors[name] = flat.view(entry["shape"])
-    return tensors, about, digest
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

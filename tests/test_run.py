@@ -77,6 +77,12 @@ def test_the_shards_cover_each_sequence_once_in_whole_batches(llama):
             assert all(len(rows) % batch == 0 for rows in shards[:-1])
 
 
+@pytest.mark.parametrize(("tokens", "shards"), [(5, 1), (8192, 1), (8320, 2), (65536, 8), (1_000_064, 16)])
+def test_the_default_shards_are_few_enough_for_the_disk(tokens, shards, llama):
+    work = work_of(llama, sequences=-(-tokens // LENGTH), batch=8, shard=None)
+    assert len(work.shards()) == shards
+
+
 def test_any_reader_of_safetensors_opens_the_sum(undisturbed, work, tmp_path):
     read = safetensors.torch.load_file(undisturbed / MERGED)
     outcome, _ = go(tmp_path, work)
@@ -235,20 +241,34 @@ def test_a_flipped_bit_in_the_pilot_is_found(copy, work, computed):
     assert path.read_bytes() == before and not computed and "pilot.safetensors has other bytes" in said[0]
 
 
-def test_shards_of_another_pilot_are_made_again(copy, undisturbed, work, computed, llama, tmp_path):
-    other = work_of(llama, sink_factor=2.0)
-    go(tmp_path / "other", other)
-    for name in ("pilot.safetensors", "MANIFEST.jsonl"):
-        shutil.copy(tmp_path / "other" / name, copy / name)
-    (copy / "MANIFEST.jsonl").write_text(
-        (copy / "MANIFEST.jsonl").read_text().split("\n")[0]
-        + "\n"
-        + "\n".join((undisturbed / "MANIFEST.jsonl").read_text().split("\n")[1:])
-    )
+def take(copy: Path, other: Path, name: str) -> None:
+    """Put a file of another run, and its line of the manifest, in the place of this run's."""
+    shutil.copy(other / name, copy / name)
+    lines = [
+        next(line for line in (folder / "MANIFEST.jsonl").read_text().splitlines() if Path(name).name in line)
+        for folder in (copy, other)
+    ]
+    path = copy / "MANIFEST.jsonl"
+    path.write_text(path.read_text().replace(*lines))
+
+
+def test_a_pilot_of_another_plan_is_made_again(copy, undisturbed, work, computed, llama, tmp_path):
+    go(tmp_path / "other", work_of(llama, sink_factor=2.0))
     computed.clear()
-    go(copy, work)
-    assert sorted(set(computed)) == list(range(SHARDS))
-    assert sha256(copy) == sha256(tmp_path / "other")
+    take(copy, tmp_path / "other", "pilot.safetensors")
+    _, said = go(copy, work)
+    assert said == ["pilot.safetensors is of another plan: it is made again"]
+    assert not computed and sha256(copy) == sha256(undisturbed)
+
+
+def test_a_shard_of_another_plan_is_made_again(copy, undisturbed, work, computed, llama, tmp_path):
+    other = work_of(llama, batch=1, shard=3 * LENGTH)  # as large on disk, of other sequences
+    go(tmp_path / "other", other)
+    computed.clear()
+    take(copy, tmp_path / "other", "shards/s-00001.safetensors")
+    _, said = go(copy, work)
+    assert said[0] == "s-00001.safetensors started from another pilot: it is made again"
+    assert computed == [1] and sha256(copy) == sha256(undisturbed)
 
 
 def test_a_torn_or_flipped_manifest_costs_shards_and_no_more(copy, undisturbed, work):

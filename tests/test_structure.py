@@ -12,7 +12,7 @@ import ffnprobe
 ROOT = Path(ffnprobe.__file__).parent
 RANKS = (
     ("errors", "spectrum"),
-    ("disk", "ffn", "clustering", "statistics", "backoff"),
+    ("disk", "ffn", "clustering", "statistics", "backoff", "memory"),
     ("result", "figure", "taps", "hub", "lock", "tensors"),
     ("check", "manifest"),
     ("models", "corpus", "executors"),

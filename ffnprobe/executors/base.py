@@ -16,6 +16,10 @@ class Executor(Protocol):
     """Shard number -> shard file. Which shard is computed where and when must not matter, and does not."""
 
     @property
+    def workers(self) -> int:
+        """Shards that are computed at once."""
+
+    @property
     def threads(self) -> int:
         """A worker's: the last bits of a sum depend on it."""
 

@@ -14,6 +14,7 @@ from .base import Make, Start
 @dataclass(frozen=True)
 class Inline:
     threads: int = field(default_factory=torch.get_num_threads)
+    workers: int = 1
     writer: str = ""
 
     def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Iterator[Entry]:

@@ -74,7 +74,13 @@ class Processes:
         context = multiprocessing.get_context("spawn")  # a fork would share locks of torch's threads
         here, there = context.Pipe()
         worker = context.Process(target=_work, args=(there, start, self.threads), daemon=True)
-        worker.start()
+        # a signal that is blocked here is blocked there: Ctrl-C reaches the whole group, and the parent ends the
+        # workers; one that is still importing would print a traceback
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            worker.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         there.close()  # or the death of the worker would not be seen here
         return here, worker
 
@@ -93,7 +99,6 @@ def _give(connection: Connection, queue: list[int]) -> int:
 
 
 def _work(connection: Connection, start: Start, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:

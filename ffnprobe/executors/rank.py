@@ -44,6 +44,10 @@ class Rank:
         raise InputError(f"the rank executor needs {known}: start with torchrun or srun")
 
     @property
+    def workers(self) -> int:
+        return self.world
+
+    @property
     def writer(self) -> str:
         return f"-{self.rank}"
 

@@ -53,6 +53,10 @@ class Settings:
     shard: int | None = None
     budget: int = BUDGET  # bytes of all moments
 
+    def __post_init__(self) -> None:
+        if self.corpus and self.dataset:
+            raise InputError("got both --corpus and --dataset: give one of them")
+
     def command(self, out: str) -> str:
         """The command line that makes this report again."""
         options = [f"--tokens {self.tokens}"] if self.tokens != Settings.tokens else []
@@ -107,39 +111,53 @@ def build_report(
             return []
         started = time.perf_counter()
         _say_skipped(outcome.statistics, say)
-        shared: dict[str, Any] = {"layers": settings.layers, "seed": settings.seed}
-        collecting: dict[str, Any] = {
-            name: getattr(settings, name) for name in ("batch", "sink_factor", "nonfinite")
-        }
-        streamed = shared | collecting | {"statistics": outcome.statistics}
-        analyses: dict[str, Callable[[], Result]] = {
-            "hidden_rank": lambda: hidden_rank(work.model, work.tokens, budget=settings.budget, **streamed),
-            "memories": lambda: memories(work.model, work.tokens, **streamed),
-            "weight_rank": lambda: weight_rank(work.model, **shared),
-            "neuron_clusters": lambda: neuron_clusters(work.model, **shared),
-        }
-        measured = {name.partition("/")[0] for name in work.probes} | {"weight_rank", "neuron_clusters"}
-        for name in filter(measured.__contains__, analyses):
+        analyses = analyses_of(settings, work, outcome.statistics, settings.layers)
+        for name, analyse in analyses.items():
             say(f"measuring {name}")
-            analyses[name]().save(Path(out) / "tables" / f"{name}.parquet")
+            analyse().save(Path(out) / "tables" / f"{name}.parquet")
             for done in [of for of in outcome.statistics if of.startswith(f"{name}/")]:
                 del outcome.statistics[done]  # the covariances are by far the most of the memory
-        about = About(
-            model=describe(work.model),
-            corpus=work.tokens.settings["corpus"],
-            tokens=work.tokens.n,
-            documents=work.tokens.n_documents,
-            seed=settings.seed,
-            command=settings.command(str(out)),
-            seconds=outcome.seconds + time.perf_counter() - started,
-            versions=read_run(out)["versions"],
-        )
+        seconds = outcome.seconds + time.perf_counter() - started
+        about = about_of(settings, work, out, seconds, read_run(out)["versions"])
         packing = work.tokens.settings
         corpus = {"name": packing["corpus"], "sha256": packing["corpus_sha256"]}
-        made = {"model": describe(work.model), "corpus": corpus, "packing": packing, "tables": sorted(measured)}
+        made = {"model": about["model"], "corpus": corpus, "packing": packing, "tables": sorted(analyses)}
         note(out, **made, bit_equal=outcome.bit_equal, about=about)
         say("drawing the figures and the page")
         return render_run(out)
+
+
+def analyses_of(
+    settings: Settings, work: Work, statistics: Mapping[str, Statistic], layers: Sequence[int] | None
+) -> dict[str, Callable[[], Result]]:
+    """The analyses that a report is made of, in order; `statistics` is what one pass has collected."""
+    shared: dict[str, Any] = {"layers": layers, "seed": settings.seed}
+    collecting: dict[str, Any] = {name: getattr(settings, name) for name in ("batch", "sink_factor", "nonfinite")}
+    streamed = shared | collecting | {"statistics": statistics}
+    analyses: dict[str, Callable[[], Result]] = {
+        "hidden_rank": lambda: hidden_rank(work.model, work.tokens, budget=settings.budget, **streamed),
+        "memories": lambda: memories(work.model, work.tokens, **streamed),
+        "weight_rank": lambda: weight_rank(work.model, **shared),
+        "neuron_clusters": lambda: neuron_clusters(work.model, **shared),
+    }
+    measured = {name.partition("/")[0] for name in work.probes} | {"weight_rank", "neuron_clusters"}
+    return {name: analyse for name, analyse in analyses.items() if name in measured}
+
+
+def about_of(
+    settings: Settings, work: Work, out: str | Path, seconds: float, versions: Mapping[str, str]
+) -> About:
+    """What the page says of the run."""
+    return About(
+        model=describe(work.model),
+        corpus=work.tokens.settings["corpus"],
+        tokens=work.tokens.n,
+        documents=work.tokens.n_documents,
+        seed=settings.seed,
+        command=settings.command(str(out)),
+        seconds=seconds,
+        versions=dict(versions),
+    )
 
 
 def render_run(folder: str | Path) -> list[str]:
@@ -157,11 +175,16 @@ def render_run(folder: str | Path) -> list[str]:
         raise InputError(f"{folder} is not finished: give the command that began it again")
     kinds = [kind for kind in RESULTS if kind.name in recorded["tables"]]
     results = [kind.load(folder / "tables" / f"{kind.name}.parquet") for kind in kinds]
+    draw(folder, about, results)
+    return top_findings(results)
+
+
+def draw(folder: Path, about: About, results: Sequence[Result]) -> None:
+    """Write the figures and the page."""
     for result in results:
         save_figure(result.plot(), folder / "figures" / result.name)
     neurons = [neuron for result in results if isinstance(result, Memories) for neuron in cards(result.rows)]
     write_page(folder / "report.html", about, results, neurons)
-    return top_findings(results)
 
 
 def _say_skipped(statistics: Mapping[str, Statistic], say: Callable[[str], None]) -> None:
