@@ -4,7 +4,7 @@ MODEL ?= smollm2-135m
 RUN ?= runs/$(notdir $(MODEL))
 BIN = $(VENV)/bin
 
-.PHONY: report test test-slow lint gallery clean
+.PHONY: report test test-slow lint gallery bench clean
 
 report: $(VENV)/ready
 	$(BIN)/ffnprobe report $(MODEL) --out $(RUN)
@@ -22,6 +22,11 @@ lint: $(VENV)/ready
 
 gallery: $(VENV)/ready
 	for script in analyses/plot_*.py; do $(BIN)/python $$script $(MODEL) || exit 1; done
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/executors.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

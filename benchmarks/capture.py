@@ -6,72 +6,88 @@ python benchmarks/capture.py [--model smollm2-135m|gpt2-random] [--rounds N]
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from common import BATCH, LENGTH, MODELS, load, machine, ratios, table, tokens_for
+from bench import BATCH, LENGTH, MODELS, Run, load, machine, ratios, table, tokens_for
+from torch import Tensor
 
 from ffnprobe.forward import choose_layers, forward
 from ffnprobe.models import Model, plain
-from ffnprobe.statistics import CoActivation, FiringRate, Marginals, Moments, TopActivations
+from ffnprobe.statistics import CoActivation, FiringRate, Marginals, Moments, Statistic, TopActivations
 from ffnprobe.stream import Probe, collect_rows, pilot
 
+Make = Callable[[Tensor], Statistic]
+
 # each row of the table adds to the row before; the limits are those of smollm2-135m and of GPT-2 small
-RUNGS = {
-    "mean, variance, third and fourth moments, firing rate": ((Marginals, FiringRate), (1.08, 1.08)),
-    "+ top 20 tokens of every neuron": ((TopActivations,), (1.15, 1.15)),
-    "+ second moment of h": ((Moments,), (1.45, 1.85)),
-    "+ co-activation counts": ((CoActivation,), (1.60, 2.20)),
+RUNGS: dict[str, tuple[dict[str, Make], tuple[float, float]]] = {
+    "mean, variance, third and fourth moments, firing rate": (
+        {"marginals": Marginals.about, "rate": FiringRate.about},
+        (1.08, 1.08),
+    ),
+    "+ top 20 tokens of every neuron": ({"top": TopActivations.about}, (1.15, 1.15)),
+    "+ second moment of h": ({"moments": Moments.about}, (1.45, 1.85)),
+    "+ co-activation counts": ({"co-activation": CoActivation.about}, (1.60, 2.20)),
 }
 NOTHING = "hooks that do nothing"
 
 
-def measure(model: Model, rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Ratios of every rung, one batch of 8 x 256 tokens a round."""
-    tokens = tokens_for(model, (rounds + 1) * BATCH * LENGTH)
-    batches = torch.arange(len(tokens.ids)).split(BATCH)
-    chosen, network = choose_layers(model), plain(model).base_model
+def bare(model: Model, ids: Sequence[Tensor]) -> Run:
+    """The forward pass of the Hugging Face base model and nothing else."""
+    network: Any = plain(model).base_model
 
-    def bare(round_: int) -> None:
+    def run(round_: int) -> None:
         with torch.inference_mode():
-            network(input_ids=tokens.ids[batches[round_]], use_cache=False)
+            network(input_ids=ids[round_], use_cache=False)
 
-    runs = {NOTHING: lambda round_: forward(model, tokens.ids[batches[round_]], chosen, lambda tap, read: None)}
-    kinds: tuple[type, ...] = ()
-    for name, (more, _) in RUNGS.items():
-        kinds += more
-        probes = {
-            f"{kind.__name__}/{tap.layer}": Probe(tap.layer, "post", kind.about)
-            for tap in chosen
-            for kind in kinds
-        }
-        start = pilot(model, tokens, probes)
-        runs[name] = lambda round_, probes=probes, start=start: collect_rows(
-            model, tokens, probes, start, batches[round_], batch=BATCH
+    return run
+
+
+def runs_of(model: Model, ids: Sequence[Tensor]) -> dict[str, Run]:
+    """ffnprobe at every rung, all layers at once."""
+    chosen = choose_layers(model)
+
+    def hooks(round_: int) -> None:
+        forward(model, ids[round_], chosen, lambda tap, read: None)
+
+    runs: dict[str, Run] = {NOTHING: hooks}
+    makes: dict[str, Make] = {}
+    for rung, (more, _) in RUNGS.items():
+        makes = makes | more
+        runs[rung] = collecting(
+            model,
+            len(ids),
+            {
+                f"{name}/{tap.layer}": Probe(tap.layer, "post", make)
+                for tap in chosen
+                for name, make in makes.items()
+            },
         )
-    return ratios(rounds, bare, runs)
+    return runs
 
 
-def measure_today(model: Model, rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Ratios of the ways that transformer_lens offers, on the same batches."""
-    tokens = tokens_for(model, (rounds + 1) * BATCH * LENGTH)
-    batches = tokens.ids.split(BATCH)
+def collecting(model: Model, batches: int, probes: dict[str, Probe]) -> Run:
+    """One batch of a pass that has begun."""
+    tokens = tokens_for(model, batches * BATCH * LENGTH)
+    start, rows = pilot(model, tokens, probes), torch.arange(len(tokens.ids)).split(BATCH)
+    return lambda round_: collect_rows(model, tokens, probes, start, rows[round_], batch=BATCH)
 
-    def bare(round_: int) -> None:
-        with torch.inference_mode():
-            plain(model).base_model(input_ids=batches[round_], use_cache=False)
+
+def today(model: Model, ids: Sequence[Tensor]) -> dict[str, Run]:
+    """The ways that transformer_lens offers."""
 
     def hooked(round_: int) -> None:
         with torch.inference_mode():
-            model.run_with_hooks(batches[round_], fwd_hooks=[(is_post, lambda value, hook: None)])
+            model.run_with_hooks(
+                ids[round_], fwd_hooks=[(lambda name: name.endswith("hook_post"), lambda value, hook: None)]
+            )
 
     def cached(round_: int) -> None:
         with torch.inference_mode():
-            model.run_with_cache(batches[round_])
+            model.run_with_cache(ids[round_])
 
-    def is_post(name: str) -> bool:
-        return name.endswith("hook_post")
-
-    return ratios(rounds, bare, {"run_with_hooks, doing nothing": hooked, "run_with_cache of everything": cached})
+    return {"run_with_hooks, doing nothing": hooked, "run_with_cache of everything": cached}
 
 
 def main() -> None:
@@ -79,21 +95,20 @@ def main() -> None:
     arguments.add_argument("--model", choices=MODELS, action="append")
     arguments.add_argument("--rounds", type=int, default=7)
     given = arguments.parse_args()
-    limits = {NOTHING: (1.05, 1.05)} | {name: limit for name, (_, limit) in RUNGS.items()}
+    limits: dict[str, Sequence[object]] = {NOTHING: (1.05, 1.05)}
+    limits |= {rung: limit for rung, (_, limit) in RUNGS.items()}
     print(machine())
     for name in given.model or MODELS:
         model = load(name)
-        found = measure(model, given.rounds)
+        ids = tokens_for(model, (given.rounds + 1) * BATCH * LENGTH).ids.split(BATCH)
+
+        print(f"\n{name}, {given.rounds} rounds of {BATCH} x {LENGTH} tokens, ratio to the bare forward pass\n")
         rows = [
-            [what, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", limits[what][MODELS.index(name)]]
-            for what, (low, middle, high) in found.items()
+            [what, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", limits.get(what, ["", ""])[MODELS.index(name)]]
+            for runs in (runs_of(model, ids), today(model, ids))
+            for what, (low, middle, high) in ratios(given.rounds, bare(model, ids), runs).items()
         ]
-        print(f"\n{name}, {given.rounds} rounds of {BATCH} x {LENGTH} tokens\n")
-        print(table(("what is computed", "median ratio", "quartiles", "at most"), rows), flush=True)
-        today = measure_today(model, min(given.rounds, 3))
-        rows = [[what, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"] for what, (low, middle, high) in today.items()]
-        print()
-        print(table(("what users do today", "median ratio", "quartiles"), rows), flush=True)
+        print(table(("what is computed", "median", "quartiles", "at most"), rows), flush=True)
 
 
 if __name__ == "__main__":

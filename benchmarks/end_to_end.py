@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import torch
-from common import BATCH, forget_peak, load, machine, resident, table, tokens_for
+from bench import BATCH, forget_peak, load, machine, resident, table, tokens_for
 
 from ffnprobe.forward import choose_layers
 from ffnprobe.models import plain

@@ -10,9 +10,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
-from common import load, machine, seconds, table, tokens_for
+from bench import load, machine, seconds, table, tokens_for
 
 from ffnprobe import manifest
 from ffnprobe.executors import executor_of
@@ -47,7 +48,7 @@ def measure(kind: str, tokens: int) -> tuple[float, float]:
                 pass
 
         taken = seconds(whole, 0)
-        shards = [entry for name, (entry, *_) in manifest.read(folder).items() if name != PILOT]
+        shards = [entry for name, (entry, *_) in manifest.read(Path(folder)).items() if name != PILOT]
     return tokens * workers / sum(entry.seconds for entry in shards), taken
 
 

@@ -5,6 +5,7 @@ On this machine alone, or on the cluster that RAY_ADDRESS names, which must shar
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import sys
@@ -95,6 +96,6 @@ def _ray(cores: int) -> Any:
         raise MachineError(
             "ray is not installed: pip install 'ffnprobe[ray]', or use --executor process"
         ) from error
-    local = {} if address else {"num_cpus": cores, "include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    local: dict[str, Any] = {} if address else {"num_cpus": cores, "include_dashboard": False}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     return ray

@@ -25,7 +25,7 @@ class Marginal:
 class Marginals(Statistic):
     """n and the sums of z, z², z³, z⁴ of each coordinate in float64; z: x about a pilot mean in its deviations.
 
-    Fourth powers of a faint neuron's x are denormal in float32, which is inexact and several times slower.
+    The fourth powers of a faint or a loud neuron's own x would leave the range of float32.
     """
 
     fixed = ("shift", "scale")

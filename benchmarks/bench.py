@@ -15,6 +15,8 @@ import ffnprobe as fp
 from ffnprobe.corpus import Tokens
 from ffnprobe.models import Model
 
+Run = Callable[[int], object]  # of one round
+
 MODELS = ("smollm2-135m", "gpt2-random")
 BATCH, LENGTH = 8, 256
 
@@ -33,9 +35,7 @@ def tokens_for(model: Model, tokens: int) -> Tokens:
     return fp.pack(fp.load_corpus(), fp.tokenizer_of(model), tokens=tokens, length=LENGTH)
 
 
-def ratios(
-    rounds: int, against: Callable[[int], object], runs: Mapping[str, Callable[[int], object]]
-) -> dict[str, tuple[float, float, float]]:
+def ratios(rounds: int, against: Run, runs: Mapping[str, Run]) -> dict[str, tuple[float, float, float]]:
     """Lower quartile, median and upper quartile of each run's time over that of `against`.
 
     In each round each run is timed between two of `against`, so that drift of the machine meets both. A round
@@ -49,10 +49,11 @@ def ratios(
             after = seconds(against, round_)
             found[name] += [2 * taken / (before + after)] if round_ >= 0 else []
             before = after
-    return {name: tuple(quantiles(each, n=4, method="inclusive")) for name, each in found.items()}
+    quartiles = {name: quantiles(each, n=4, method="inclusive") for name, each in found.items()}
+    return {name: (low, middle, high) for name, (low, middle, high) in quartiles.items()}
 
 
-def seconds(run: Callable[[int], object], round_: int) -> float:
+def seconds(run: Run, round_: int) -> float:
     """How long it takes."""
     started = time.perf_counter()
     run(round_)
