@@ -13,9 +13,12 @@ from .models import ffns as ffns
 from .models import load_model as load_model
 from .models import tokenizer_of as tokenizer_of
 from .result import Result as Result
+from .statistics import CoActivation as CoActivation
 from .statistics import Count as Count
 from .statistics import FiringRate as FiringRate
+from .statistics import Marginals as Marginals
 from .statistics import Moments as Moments
+from .statistics import SketchedMoments as SketchedMoments
 from .statistics import TopActivations as TopActivations
 from .stream import Probe as Probe
 from .stream import capture as capture
