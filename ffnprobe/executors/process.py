@@ -22,6 +22,7 @@ from ..manifest import Entry
 from .base import Make, Start
 
 DEATHS = 3  # of workers over one shard, before it is given up
+METHOD = "spawn"  # a fork would share locks of torch's threads
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Processes:
                 worker.join()
 
     def _spawn(self, start: Start) -> tuple[Connection, BaseProcess]:
-        context = multiprocessing.get_context("spawn")  # a fork would share locks of torch's threads
+        context = multiprocessing.get_context(METHOD)
         here, there = context.Pipe()
         worker = context.Process(target=_work, args=(there, start, self.threads), daemon=True)
         # a signal that is blocked here is blocked there: Ctrl-C reaches the whole group, and the parent ends the
@@ -87,8 +88,7 @@ class Processes:
 
 def share(workers: int) -> int:
     """Threads a worker, so that they do not fight over the cores of this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers)
+    return max(1, torch.get_num_threads() // workers)
 
 
 def _give(connection: Connection, queue: list[int]) -> int:
