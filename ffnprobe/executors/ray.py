@@ -5,10 +5,11 @@ On this machine alone, or on the cluster that RAY_ADDRESS names, which must shar
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,7 +38,7 @@ class Ray:
         """So many actors that share the cores of this process, or take a GPU each."""
         return cls(workers, share(workers))
 
-    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Iterator[Entry]:
+    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Generator[Entry, None, None]:
         if not shards:
             return
         ray = _ray(self.workers * self.threads)
@@ -95,6 +96,6 @@ def _ray(cores: int) -> Any:
         raise MachineError(
             "ray is not installed: pip install 'ffnprobe[ray]', or use --executor process"
         ) from error
-    local = {} if address else {"num_cpus": cores, "include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    local: dict[str, Any] = {} if address else {"num_cpus": cores, "include_dashboard": False}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     return ray
