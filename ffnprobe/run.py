@@ -11,7 +11,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -150,11 +150,12 @@ def _complete(
         if 0 < len(missing) < len(paths):
             say(f"{len(paths) - len(missing)} of {len(paths)} shards are there: going on")
         need_room(folder, (len(missing) + 1) * size, f"{len(missing)} shards and their sum")
-        for made in executor(missing, make, begin):
-            manifest.add(folder, made, writer)
-            counter.finish(paths.index(folder / "shards" / made.name))
-            if made.batch < work.batch:
-                say(f"{made.name}: out of memory, so it was made with {made.batch} sequences a batch")
+        with closing(executor(missing, make, begin)) as finished:  # or a signal would leave its workers to chance
+            for made in finished:
+                manifest.add(folder, made, writer)
+                counter.finish(paths.index(folder / "shards" / made.name))
+                if made.batch < work.batch:
+                    say(f"{made.name}: out of memory, so it was made with {made.batch} sequences a batch")
         if executor.writer:
             alone, missing = lock.alone(), _missing(folder, paths)
             if missing or not alone:

@@ -1,12 +1,16 @@
 """What do all tests share? Tiny models, made once a session and only if a test asks for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import zoo
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from transformer_lens.model_bridge import TransformerBridge
 
 from ffnprobe.models import load_model
@@ -34,6 +38,31 @@ def model_of(folder_of: Callable[[str], Path]) -> Callable[[str], TransformerBri
         return load_model(folder_of(architecture), device="cpu")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sketching() -> Callable[[], AbstractContextManager[None]]:
+    """Within it, figures are saved as their texts and numbers: drawing takes most of the time of a tiny report."""
+
+    def save(figure: Figure, file, **_) -> None:
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        lines = [np.asarray(line.get_xydata()).tolist() for axes in figure.axes for line in axes.lines]
+        file.write(repr([texts, lines]).encode())
+
+    @contextmanager
+    def sketch() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", save)
+            yield
+
+    return sketch
+
+
+@pytest.fixture
+def sketched(sketching: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """The whole test draws so."""
+    with sketching():
+        yield
 
 
 @pytest.fixture(scope="session")

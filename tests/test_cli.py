@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +48,10 @@ def broken(folder_of, tmp_path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_path):
+def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_path, request):
     out = tmp_path / "run"
+    if architecture == "gpt2":
+        request.getfixturevalue("sketched")
     code, printed, complained = run("report", folder_of(architecture), "--tokens", "1024", "--out", out)
     assert code == 0, complained
     assert printed.count("\n* ") == 3 and str(out / "report.html") in printed
@@ -60,12 +63,19 @@ def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_pa
     }
     page = (out / "report.html").read_text()
     assert page.count("<img") == 4 and "not measured" in page
+    if architecture == "llama":
+        drawn = {path: path.read_bytes() for path in [*(out / "figures").iterdir(), out / "report.html"]}
+        for path in drawn:
+            path.unlink()
+        assert run("report", out)[0] == 0  # from the folder alone, to the same bytes
+        assert {path: path.read_bytes() for path in drawn} == drawn
     recorded = json.loads((out / "run.json").read_text())
     assert recorded["settings"]["tokens"] == 1024 and recorded["versions"]["torch"] == torch.__version__
     ranks = pd.read_parquet(out / "tables" / "hidden_rank.parquet")
     assert set(ranks.layer) == {0, 1, 2} and (ranks.soft_rank <= ranks.width).all()
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_same_report_twice_has_the_same_tables(folder_of, run, tmp_path):
     tables = []
     for name in ("a", "b"):
@@ -76,6 +86,7 @@ def test_the_same_report_twice_has_the_same_tables(folder_of, run, tmp_path):
     assert [path.read_bytes() for path in tables[0]] == [path.read_bytes() for path in tables[1]]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_folder_that_holds_another_run_is_not_overwritten(folder_of, run, tmp_path):
     options = ("--tokens", "512", "--out", tmp_path / "run")
     assert run("report", folder_of("gpt2"), "--layers", "0", *options)[0] == 0
@@ -155,6 +166,14 @@ def test_a_neuron_that_is_not_there_is_said(name, said, folder_of, run):
     assert code == 2 and said in complained
 
 
+@pytest.mark.usefixtures("sketched")
+def test_plan_says_what_a_report_takes_and_ends_with_4_on_too_small_a_disk(folder_of, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 120_000))
+    code, printed, complained = run("plan", folder_of("gpt2"), "--tokens", "512", "--layers", "1")
+    assert [line.split()[0] for line in printed.splitlines()] == ["model", "statistics", "memory", "disk", "time"]
+    assert code == 4 and "the disk is too small" in complained.splitlines()[-1]
+
+
 def test_debug_shows_the_traceback(folder_of, run):
     with pytest.raises(InputError):
         run("--debug", "report", folder_of("gpt2"), "--layers", "99")
@@ -170,6 +189,7 @@ def test_layers_are_read_as_written(text, layers):
     assert parse_layers(text) == layers
 
 
+@pytest.mark.usefixtures("sketched")
 def test_every_option_reaches_the_report(folder_of, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [
@@ -202,6 +222,7 @@ def test_every_option_reaches_the_report(folder_of, run, tmp_path, monkeypatch):
     assert any("railway" in t["before"] + t["token"] + t["after"] for t in triggers.iloc[0])
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_model_whose_values_cannot_be_read_gets_a_report_without_memories(folder_of, run, tmp_path):
     out = tmp_path / "run"
     code, printed, complained = run("report", folder_of("bert"), "--tokens", "512", "--out", out)
@@ -213,6 +234,7 @@ def test_a_model_whose_values_cannot_be_read_gets_a_report_without_memories(fold
     assert run("neuron", folder_of("bert"), "0.1")[0] == 3
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_short_context_gets_short_sequences(run, tmp_path, monkeypatch):
     monkeypatch.setitem(zoo.SIZES["gpt2"], "n_positions", 32)
     folder = zoo.save("gpt2", tmp_path / "short")

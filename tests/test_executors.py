@@ -11,16 +11,32 @@ from recipes import SHARDS, Deadly, Refusing, go, sha256, work_of
 
 from ffnprobe import manifest
 from ffnprobe.errors import InputError, MachineError
-from ffnprobe.executors import Inline, Processes, Rank, Ray, executor_of
+from ffnprobe.executors import Inline, Processes, Rank, Ray, executor_of, process
 from ffnprobe.run import run
 
 RAY = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="the extra [ray] is not installed")]
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (Processes, "fork"),  # without the imports of a fresh process
+        pytest.param(Processes, "spawn", marks=pytest.mark.slow),
+        pytest.param(Ray, "spawn", marks=RAY),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     """Ray's workers find the recipes where these tests do."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+
+@pytest.fixture(autouse=True)
+def start(request, monkeypatch):
+    """Workers of `Processes` are started as the test says."""
+    if "method" in request.fixturenames:
+        monkeypatch.setattr(process, "METHOD", request.getfixturevalue("method"))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +62,8 @@ def late(executor_type: type, marks: Path):
     return Late
 
 
-@pytest.mark.parametrize("kind", [Processes, pytest.param(Ray, marks=RAY)])
-def test_other_processes_give_the_same_bytes_though_one_is_killed(kind, folder_of, inline, tmp_path):
+@KINDS
+def test_other_processes_give_the_same_bytes_though_one_is_killed(kind, method, folder_of, inline, tmp_path):
     marks = tmp_path / "marks"
     recipe = Deadly(folder_of("llama"), marks, 1)
     with run(tmp_path / "run", recipe, executor=late(kind, marks)(2, 1)) as (_, outcome):
@@ -67,8 +83,8 @@ def test_a_shard_that_kills_every_worker_is_given_up(folder_of, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("kind", [Processes, pytest.param(Ray, marks=RAY)])
-def test_an_error_in_a_worker_is_the_runs(kind, folder_of, tmp_path):
+@KINDS
+def test_an_error_in_a_worker_is_the_runs(kind, method, folder_of, tmp_path):
     recipe = Refusing(folder_of("llama"), os.getpid())
     with (
         pytest.raises(InputError, match="not here"),

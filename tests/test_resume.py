@@ -13,6 +13,8 @@ import pytest
 from ffnprobe.cli import main
 from ffnprobe.shards import MERGED, Maker
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 
 @pytest.fixture
 def ffnprobe(monkeypatch, capsys):

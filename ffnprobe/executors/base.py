@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol, runtime_checkable
 
 from ..manifest import Entry
@@ -27,5 +27,8 @@ class Executor(Protocol):
     def writer(self) -> str:
         """Empty where this process alone works in the run folder; else what tells it from the others."""
 
-    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Iterator[Entry]:
-        """An entry for each finished shard, as they finish; `make` is ready here, `start` is for elsewhere."""
+    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Generator[Entry, None, None]:
+        """An entry for each finished shard, as they finish; `make` is ready here, `start` is for elsewhere.
+
+        Closed early, it ends its workers.
+        """

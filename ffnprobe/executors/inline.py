@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,5 +17,5 @@ class Inline:
     workers: int = 1
     writer: str = ""
 
-    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Iterator[Entry]:
-        return map(make, shards)
+    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Generator[Entry, None, None]:
+        yield from map(make, shards)

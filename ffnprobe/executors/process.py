@@ -8,12 +8,12 @@ import signal
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -22,6 +22,7 @@ from ..manifest import Entry
 from .base import Make, Start
 
 DEATHS = 3  # of workers over one shard, before it is given up
+METHOD = "spawn"  # a fork would share locks of torch's threads
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,15 @@ class Processes:
         """So many workers that share the cores of this process."""
         return cls(workers, share(workers))
 
-    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Iterator[Entry]:
+    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Generator[Entry, None, None]:
         queue, deaths = list(shards), Counter[int]()
         busy: dict[Connection, tuple[BaseProcess, int]] = {}
         try:
             while queue or busy:
                 while queue and len(busy) < self.workers:
-                    connection, worker = self._spawn(start)
-                    busy[connection] = worker, _give(connection, queue)
+                    with _undisturbed():
+                        connection, worker = self._spawn(start)
+                        busy[connection] = worker, _give(connection, queue)
                 for connection in cast(list[Connection], wait(list(busy))):
                     worker, shard = busy.pop(connection)
                     try:
@@ -71,24 +73,41 @@ class Processes:
                 worker.join()
 
     def _spawn(self, start: Start) -> tuple[Connection, BaseProcess]:
-        context = multiprocessing.get_context("spawn")  # a fork would share locks of torch's threads
+        context: Any = multiprocessing.get_context(METHOD)
         here, there = context.Pipe()
         worker = context.Process(target=_work, args=(there, start, self.threads), daemon=True)
-        # a signal that is blocked here is blocked there: Ctrl-C reaches the whole group, and the parent ends the
-        # workers; one that is still importing would print a traceback
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            worker.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        worker.start()
         there.close()  # or the death of the worker would not be seen here
         return here, worker
 
 
 def share(workers: int) -> int:
     """Threads a worker, so that they do not fight over the cores of this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers)
+    return max(1, torch.get_num_threads() // workers)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that arrive within wait until after it: half a start would leave a worker that nobody ends.
+
+    SIGINT is blocked as well, which workers inherit: Ctrl-C reaches the whole group, and this process ends them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    came: list[int] = []
+    handlers: dict[int, Any] = {
+        n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _give(connection: Connection, queue: list[int]) -> int:

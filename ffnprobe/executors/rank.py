@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,5 +51,5 @@ class Rank:
     def writer(self) -> str:
         return f"-{self.rank}"
 
-    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Iterator[Entry]:
+    def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Generator[Entry, None, None]:
         return (make(shard) for shard in shards if shard % self.world == self.rank)
