@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,3 +159,22 @@ def test_a_signal_ends_every_process_and_says_how_to_go_on(executor, number, cod
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.skipif(shutil.which("ss") is None, reason="ss is not installed")
+def test_ray_listens_on_loopback_alone(model, undisturbed, tmp_path):
+    pytest.importorskip("ray")
+    before = listening()
+    process = start(model, tmp_path, "--executor", "ray", OMP_NUM_THREADS="2")
+    wait_for(lambda: list((tmp_path / "shards").glob("s-*")), process)
+    opened = listening() - before
+    finish(process)
+    assert opened and all(re.match(r"127\.|\[::1\]|\[::ffff:127\.", address) for address in opened), opened
+    assert not any(address.endswith(":8265") for address in opened)  # the dashboard
+    assert sha256(tmp_path) == undisturbed[0]
+
+
+def listening() -> set[str]:
+    """Addresses that accept connections."""
+    lines = subprocess.run(["ss", "-ltnH"], text=True, capture_output=True, check=True).stdout.splitlines()
+    return {line.split()[3] for line in lines}
