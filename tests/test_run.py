@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from recipes import LENGTH, SHARDS, go, sha256, work_of
+from recipes import LENGTH, SHARDS, go, sha256, tokens_of, work_of
 
 import ffnprobe.disk
 import ffnprobe.run
@@ -81,6 +81,34 @@ def test_the_shards_cover_each_sequence_once_in_whole_batches(llama):
 def test_the_default_shards_are_few_enough_for_the_disk(tokens, shards, llama):
     work = work_of(llama, sequences=-(-tokens // LENGTH), batch=8, shard=None)
     assert len(work.shards()) == shards
+
+
+@pytest.mark.parametrize(("batch", "shard"), [(1, LENGTH), (3, 3 * LENGTH), (7, 7 * LENGTH)])
+def test_the_same_documents_in_any_shape_give_equal_counts_and_sums(batch, shard, llama, undisturbed, tmp_path):
+    outcome, _ = go(tmp_path, work_of(llama, batch=batch, shard=shard))
+    expected = safetensors.torch.load_file(undisturbed / MERGED)
+    for name, statistic in outcome.statistics.items():
+        for part, tensor in statistic.tensors().items():
+            other = expected[f"{name}:{part}"]
+            if tensor.is_floating_point():
+                assert (tensor - other).abs().max() <= 1e-6 * other.abs().max()
+            elif part == "n":
+                assert torch.equal(tensor, other)
+    kept, dropped = (outcome.statistics[name].n for name in ("1/top", "1/dropped"))
+    assert kept + dropped == 7 * LENGTH  # every token once, and nothing else
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_batches(llama):
+    long = tokens_of(llama, 8 * 220 * 256 // LENGTH)
+    tokens = replace(long, **{n: getattr(long, n).view(-1, 256) for n in ("ids", "document", "special")})
+    held = []
+
+    def watch(done: int, total: int) -> None:
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    collect(llama, tokens, work_of(llama).probes, progress=watch)
+    assert len(held) == 220 and held[-1] - held[19] < 200 * 0.1 * 2**20  # a batch of one site alone is 0.4 MiB
 
 
 def test_any_reader_of_safetensors_opens_the_sum(undisturbed, work, tmp_path):
