@@ -104,7 +104,7 @@ def _keeping(kept: list[Tensor]) -> Callable[..., None]:
 
 def relative_error(got: Float[Tensor, "n d"], expected: Float[Tensor, "n d"]) -> float:
     """The worst token's |got - expected| / |expected|, in [0, inf]."""
-    got, expected = got.double(), expected.double()
+    got, expected = got.to(expected.device).double(), expected.double()
     error, size = (got - expected).norm(dim=-1), expected.norm(dim=-1)
     return float(torch.where(error == 0, 0.0, error / size).max())  # a token with nothing to write is no error
 
@@ -134,8 +134,9 @@ def _layer(tap: Tap, ffn: FFN, calls: dict, hooks: dict[str, list[Tensor]], floo
         return refused(f"{wrong[0]}, not once")
     if ffn.activation not in ACTIVATIONS:
         return refused(f"its activation is {ffn.activation}")
-    site = {name.split(".", 2)[2]: seen[0] for name, seen in hooks.items()}
-    (x, up), (h, y) = calls[ffn.layer, "up"][0], calls[ffn.layer, "down"][0]
+    home = ffn.values.device  # what enters a part is seen where it comes from
+    site = {name.split(".", 2)[2]: seen[0].to(home) for name, seen in hooks.items()}
+    (x, up), (h, y) = ([t.to(home) for t in calls[ffn.layer, part][0]] for part in ("up", "down"))
     z = up.chunk(2, dim=-1)[0] if tap.fused else up if tap.gate is None else calls[ffn.layer, "gate"][0][1]
     key = up.chunk(2, dim=-1)[1] if tap.fused else up
     widths = {h.shape[-1], site["mlp.hook_post"].shape[-1], site["mlp.hook_pre"].shape[-1]}
@@ -151,13 +152,13 @@ def _layer(tap: Tap, ffn: FFN, calls: dict, hooks: dict[str, list[Tensor]], floo
     shown = {"mlp.in.hook_in": x, "mlp.hook_pre": z, "mlp.hook_post": h, "mlp.out.hook_out": y}
     shown |= {"mlp.hook_pre_linear": key} if ffn.gated else {}
     errors["bridge"] = max(relative_error(site[name], value) for name, value in shown.items())
-    form, errors["residual"] = _residual(site)
+    form, errors["residual"] = _residual(site, floor)
     failed = [name for name, error in errors.items() if not error < max(floor, TOLERANCE[name])]
     problem = f"{failed[0]} is off by {errors[failed[0]]:.1e}" if failed else None
     return LayerCheck(**row, form=form, **errors, problem=problem)
 
 
-def _residual(site: dict[str, Tensor]) -> tuple[str, float]:
+def _residual(site: dict[str, Tensor], floor: float) -> tuple[str, float]:
     """How the FFN's output reaches the residual stream, and how far the sum is from holding.
 
     pre-norm    post = pre + attention + y            GPT-2, Llama
@@ -178,7 +179,7 @@ def _residual(site: dict[str, Tensor]) -> tuple[str, float]:
     if mid is None:
         return "parallel", error
     error = max(error, relative_error(before, mid))
-    multiplier = float((written * y).sum() / (y * y).sum())
-    if relative_error(multiplier * y, written) > 1e-4:
+    multiplier = float((written.double() * y).sum() / (y.double() * y).sum())
+    if relative_error(multiplier * y, written) > max(floor, 1e-4):
         return "post-norm", error
     return ("pre-norm" if abs(multiplier - 1) < 1e-4 else "multiplier"), error

@@ -45,6 +45,10 @@ ExecutorName = Annotated[str, typer.Option("--executor", help="inline, process, 
 Budget = Annotated[
     str, typer.Option(help="Memory for covariances, as in 4GiB or 500MB; above it wide layers are sketched.")
 ]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="How to spread a model larger than one GPU: auto. On one device by default.")
+]
 Workers = Annotated[int, typer.Option(help="Processes that share the cores.", min=1)]
 
 
@@ -73,6 +77,8 @@ def report(
     batch: Batch = 8,
     shard: Shard = None,
     budget: Budget = "4GiB",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     executor: ExecutorName = "inline",
     workers: Workers = 2,
 ) -> None:
@@ -102,6 +108,8 @@ def report(
                 batch,
                 shard,
                 parse_size(budget),
+                dtype,
+                device_map,
             )
             folder = out or _folder(model)
             where = executor_of(executor, workers)
@@ -128,6 +136,8 @@ def plan(
     batch: Batch = 8,
     shard: Shard = None,
     budget: Budget = "4GiB",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     executor: ExecutorName = "inline",
     workers: Workers = 2,
 ) -> None:
@@ -152,6 +162,8 @@ def plan(
         batch,
         shard,
         parse_size(budget),
+        dtype,
+        device_map,
     )
     planned = plan_report(settings, out or _folder(model), executor_of(executor, workers), _say, started)
     for line in planned.lines():
@@ -160,14 +172,14 @@ def plan(
 
 
 @app.command()
-def check(model: Model) -> None:
+def check(model: Model, dtype: Dtype = "float32", device_map: DeviceMap = None) -> None:
     """Check that every layer obeys its equations, and say which analyzers apply."""
     from rich.console import Console
     from rich.table import Table
 
     from .models import check_model, describe, load_model, why_illegible
 
-    loaded = load_model(model, say=_say, refuse=False)
+    loaded = load_model(model, dtype=dtype, device_map=device_map, say=_say, refuse=False)
     checked = check_model(loaded)
     frame = checked.to_frame()
     table = Table(box=None)
@@ -202,6 +214,8 @@ def neuron(
     tokens: Tokens = 16_384,
     corpus: Corpus = None,
     seed: Seed = 0,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
 ) -> None:
     """Show one neuron: what triggers its key, and what its value writes."""
     layer, index = _neuron(name)
@@ -213,7 +227,7 @@ def neuron(
     from .report.build import card
     from .report.card import card_text
 
-    loaded = load_model(model, say=_say)
+    loaded = load_model(model, dtype=dtype, device_map=device_map, say=_say)
     widths = {ffn.layer: ffn.d_mlp for ffn in ffns(loaded)}
     if index >= widths.get(layer, index + 1):
         raise InputError(f"neuron {index} is not there: layer {layer} has neurons 0 to {widths[layer] - 1}")

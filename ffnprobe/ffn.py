@@ -86,13 +86,26 @@ class FFN:
         """The output y = sum_i h_i v_i + bias, before any norm or multiplier of the block."""
         return F.linear(hidden, self.values.T, self.bias)
 
+    def to(self, dtype: torch.dtype) -> FFN:
+        """The same layer in another precision: a copy, unless it has that one already."""
+        if self.keys.dtype == dtype:
+            return self
+        names = ("keys", "values", "gates", "key_bias", "gate_bias", "bias")
+        parts = {name: part.to(dtype) for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, **parts)
+
+    def wide(self) -> FFN:
+        """In float32 at least, which norms, products and ranks of weights are computed in."""
+        return self.to(torch.promote_types(self.keys.dtype, torch.float32))
+
     @property
     def gauge(self) -> Float[Tensor, " d_mlp"]:
         """What `canonical` divides each value by: its norm, with the sign of its largest entry; 1 if plain."""
+        values = self.wide().values
         if self.gates is None:
-            return torch.ones_like(self.values[:, 0])
-        largest = self.values.gather(1, self.values.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-        scale = self.values.norm(dim=1) * largest.sign()
+            return torch.ones_like(values[:, 0])
+        largest = values.gather(1, values.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+        scale = values.norm(dim=1) * largest.sign()
         return torch.where(scale == 0, 1.0, scale)
 
     def canonical(self) -> FFN:
@@ -100,14 +113,14 @@ class FFN:
 
         (key, value) -> (a key, value / a) leaves a gated layer as it is, so no rank of its keys, values or
         hidden activations would mean anything; here values are unit vectors and keys carry their norms. A
-        plain layer is returned as it is.
+        plain layer is returned as it is; either one in float32 at least.
         """
-        if self.gates is None:
-            return self
-        gauge = self.gauge
-        key_bias = None if self.key_bias is None else self.key_bias * gauge
+        wide, gauge = self.wide(), self.gauge
+        if wide.gates is None:
+            return wide
+        key_bias = None if wide.key_bias is None else wide.key_bias * gauge
         return replace(
-            self, keys=self.keys * gauge[:, None], key_bias=key_bias, values=self.values / gauge[:, None]
+            wide, keys=wide.keys * gauge[:, None], key_bias=key_bias, values=wide.values / gauge[:, None]
         )
 
     def randomised(self, seed: int = 0) -> FFN:

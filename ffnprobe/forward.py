@@ -1,6 +1,7 @@
 """What does each feed-forward layer read, hold and write during one forward pass?
 
-The bridge names the modules; plain hooks on them read the activations, and nothing is copied.
+The bridge names the modules; plain hooks on them read the activations. Nothing is copied, except from another
+device: all that is shown of a layer lies beside its weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .models import Model, Tap, context_length, plain, taps
+from .placement import input_device
 
 OnLayer = Callable[[Tap, dict[str, Tensor]], None]
 
@@ -43,7 +45,7 @@ def forward(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_lay
         )
     network: Any = plain(model).base_model  # no logits: nobody asked
     with _hooks(chosen, on_layer), torch.no_grad(), suppress(_Enough):
-        network(input_ids=ids.to(network.device), use_cache=False)
+        network(input_ids=ids.to(input_device(network)), use_cache=False)
 
 
 class _Enough(Exception):
@@ -83,7 +85,8 @@ def _hook_layer(tap: Tap, on_layer: OnLayer, last: bool) -> list[torch.utils.hoo
 
     def at_down(module: nn.Module, args: tuple, output: Tensor) -> None:
         read["post"], read["out"] = rows(args[0]), rows(output)
-        on_layer(tap, dict(read))
+        # before accelerate's own hooks, the residual stream is still where the layer before wrote it
+        on_layer(tap, {site: x.to(output.device) for site, x in read.items()})
         read.clear()  # or the layer's activations would live until the next batch
         if last:
             raise _Enough

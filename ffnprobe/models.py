@@ -33,6 +33,15 @@ from ffnprobe.ffn import FFN
 from ffnprobe.hub import BUILT_IN as BUILT_IN
 from ffnprobe.hub import Say, locate, log, provenance, quiet
 from ffnprobe.hub import fetch as fetch
+from ffnprobe.placement import (
+    DeviceMap,
+    dispatched,
+    dtype_name,
+    dtype_of,
+    input_device,
+    refuse_offloaded,
+    refuse_split_layers,
+)
 from ffnprobe.taps import Tap as Tap
 from ffnprobe.taps import activations, recording
 
@@ -55,7 +64,8 @@ def load_model(
     spec: str | Path | PreTrainedModel,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
+    device_map: DeviceMap | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     say: Say = log.info,
     refuse: bool = True,
@@ -66,28 +76,55 @@ def load_model(
     as it is: the bridge shares its tensors, not its modules (on another `device`, that of the tensors
     themselves moves). `say` hears of downloads. With `refuse` off a model that fails the self-check is
     returned for a look at `check_model`.
+
+    Args:
+        device: where the whole model goes; the GPU if there is one.
+        dtype: of the weights that are read from disk: float32, bfloat16 or float16.
+        device_map: how transformers spreads a model that is larger than one GPU ("auto", or a dict).
+
+    Raises:
+        InputError: there is no such model, or the options do not go together.
+        ModelRefused: it cannot be measured truthfully, or does not fit on the GPUs.
     """
+    dtype = dtype_of(dtype)
+    if device is not None and device_map is not None:
+        raise InputError("got both device and device_map: give one of them")
     if isinstance(spec, PreTrainedModel):
+        if device_map is not None:
+            raise InputError("got device_map for a model that is loaded already: give it to from_pretrained")
         hf, note, name = _share(spec), "", type(spec).__name__
         if tokenizer is None:
             raise InputError(f"a loaded {name} came without its tokenizer: pass tokenizer=")
     else:
         folder, gguf = locate(spec, say)
         name = str(spec) if str(spec) in BUILT_IN or not Path(spec).exists() else Path(spec).resolve().name
-        hf, tokenizer = _read(folder, gguf, name, dtype, tokenizer)
+        hf, tokenizer = _read(folder, gguf, name, dtype, device_map, tokenizer)
         note = f"its weights carry the rounding of {gguf}" if gguf else provenance(folder).get("note", "")
+    refuse_offloaded(hf, name)
     _refuse_weights(hf, name)
     _refuse_tokenizer(hf, tokenizer, name)
     hf.eval()
     default = hf.device if isinstance(spec, PreTrainedModel) else "cuda" if torch.cuda.is_available() else "cpu"
-    nn.Module.to(hf, torch.device(device or default))
+    if dispatched(hf) and device is not None:
+        raise InputError(f"{name} is spread over devices already: leave out device")
+    if device_map is None and not dispatched(hf):
+        nn.Module.to(hf, torch.device(device or default))
     with quiet():
         twin = _share(hf)
         _attention(hf, "eager")  # the bridge's hooks read the attention pattern
         _attention(twin, "sdpa")
         bridge = _boot(hf, tokenizer, name)
     _LOADED[bridge] = _Loaded(twin, tokenizer, name, note)
-    result = check_model(bridge)
+    refuse_split_layers(taps(bridge), name)
+    try:
+        result = check_model(bridge)
+    except RuntimeError as error:
+        if dtype_name(twin) == "float32" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        # OLMo 2's attention, for one, mixes precisions in transformer_lens 4.3.0
+        raise ModelRefused(
+            f"transformer_lens cannot run {name} in {dtype_name(twin)} ({_line(error)}): use float32"
+        ) from error
     if not result.ok and twin.config._attn_implementation != "eager":
         _attention(twin, "eager")  # sdpa may leave out what a family does to its attention scores
         result = check_model(bridge)
@@ -97,7 +134,12 @@ def load_model(
 
 
 def _read(
-    folder: Path, gguf: str | None, name: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+    folder: Path,
+    gguf: str | None,
+    name: str,
+    dtype: torch.dtype,
+    device_map: DeviceMap | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     source |= {"gguf_file": gguf} if gguf else {}
@@ -114,10 +156,16 @@ def _read(
         auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         try:
             hf, report = auto.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
+                folder,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,
+                output_loading_info=True,
+                **source,
             )
         except Exception as error:
-            raise InputError(f"{name} could not be read ({_line(error)}): {_AGAIN}") from error
+            remedy = _AGAIN if device_map is None else f"correct device_map ({device_map!r}), or {_AGAIN}"
+            raise InputError(f"{name} could not be read ({_line(error)}): {remedy}") from error
         if missing := sorted(report["missing_keys"]):
             # transformers would go on with random numbers in their place
             raise ModelRefused(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: {_AGAIN}")
@@ -185,7 +233,7 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) ->
     tokenizer.init_kwargs |= {"name_or_path": tokenizer.name_or_path, "add_bos_token": True}
     try:
         bridge = TransformerBridge.boot_transformers(
-            f"./{name}", hf_model=hf, tokenizer=tokenizer, device=str(hf.device), dtype=hf.dtype
+            f"./{name}", hf_model=hf, tokenizer=tokenizer, device=str(input_device(hf)), dtype=hf.dtype
         )  # "./": a bare name could be one of its aliases
     except (ValueError, AttributeError, RuntimeError, KeyError, TypeError) as error:
         raise ModelRefused(
@@ -226,7 +274,7 @@ def describe(model: TransformerBridge) -> dict[str, str | int]:
         "d_model": model.cfg.d_model,
         "n_layers": len(model.blocks),
         "d_vocab": _rows(twin),
-        "dtype": str(twin.dtype).removeprefix("torch."),
+        "dtype": dtype_name(twin),
         "note": note,
     }
 
@@ -287,7 +335,7 @@ def _few_tokens(model: TransformerBridge) -> Int[Tensor, "2 9"]:
     rows = _rows(plain(model))
     ids = torch.randint(rows, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[0, 3], ids[1, 5] = 0, rows - 1
-    return ids.to(plain(model).device)
+    return ids.to(input_device(plain(model)))
 
 
 def context_length(model: TransformerBridge) -> int:
@@ -323,7 +371,7 @@ def unembedding(model: TransformerBridge, view: str = "folded") -> Float[Tensor,
     then, if that norm is a LayerNorm, each row centred over d_model, because a LayerNorm's output has
     mean 0; then each column centred over the vocabulary, because a constant on all logits changes no
     probability (left out where logits are capped: there it would). The biases of the norm and of the
-    unembedding, and multipliers of all logits, are left out of both.
+    unembedding, and multipliers of all logits, are left out of both. The folded one is in float32 at least.
 
     Refused where the last block's output does not reach the unembedding through one norm: BERT has a
     dense layer and a GELU in between, OPT-350m a projection.
@@ -348,7 +396,8 @@ def unembedding(model: TransformerBridge, view: str = "folded") -> Float[Tensor,
             "values cannot be read in the vocabulary"
         )
     gain, centres = _gain(norm, rows)
-    folded = rows * gain
+    wide = torch.promote_types(rows.dtype, torch.float32)  # the order of tokens is that of close numbers
+    folded = rows.to(wide) * gain.to(wide)
     if centres:
         folded = folded - folded.mean(dim=1, keepdim=True)
     if not model.cfg.output_logits_soft_cap > 0:
@@ -364,5 +413,9 @@ def _gain(norm: nn.Module, like: Float[Tensor, "_ d_model"]) -> tuple[Float[Tens
     x = torch.full((d_model,), float(-half)).to(like)  # mean 0 and no entry 0, in any dimension
     x[:half] = d_model - half
     x *= 1e3 / x.norm() * d_model**0.5  # far above the norm's epsilon
-    gain = (norm(x) - norm(-x)) / 2 / (x * 1e-3)
-    return gain, torch.allclose(norm(x + 1e3), norm(x), atol=1e-3 * float(gain.abs().max()))
+
+    def through(x: Tensor) -> Tensor:
+        return norm(x).to(x)  # back from the norm's own device
+
+    gain = (through(x) - through(-x)) / 2 / (x * 1e-3)
+    return gain, torch.allclose(through(x + 1e3), through(x), atol=1e-3 * float(gain.abs().max()))

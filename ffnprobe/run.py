@@ -26,6 +26,7 @@ from .errors import InputError, MachineError
 from .executors import Executor, Inline
 from .lock import Lock, locked
 from .models import plain
+from .placement import devices
 from .shards import PILOT, Maker, Work, check_pilot, entry, merge, shard_path, size_of, write_pilot
 from .statistics import Statistic
 from .stream import Progress
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = ("ffnprobe", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy")
 TRIES = 3  # of a shard that is not on disk what was written
-NOT_EQUAL = "sums agree to 1e-6, not bit for bit"
+NOT_EQUAL = "sums agree to 1e-6 (in half precision: to its rounding), not bit for bit"
 
 Say = Callable[[str], None]
 Prepare = Callable[[Say], Work]
@@ -224,7 +225,7 @@ def _circumstances(work: Work, executor: Executor) -> dict[str, Any]:
     return {
         "machine": {
             "threads": executor.threads,
-            "device": plain(work.model).device.type,
+            "device": devices(plain(work.model)),
             "processor": platform.machine(),
         },
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},

@@ -80,10 +80,14 @@ def rank_at_energy(spectrum: Float[Tensor, " d"], energy: float) -> int:
     return int((cumulative < energy - 1e-12).sum()) + 1
 
 
-def numerical_rank(spectrum: Float[Tensor, " d"]) -> int:
-    """Eigenvalues above 4 max l * eps of float32, in which activations and their products are formed."""
+def numerical_rank(spectrum: Float[Tensor, " d"], dtype: torch.dtype = torch.float32) -> int:
+    """Eigenvalues above rounding: 4 max l * eps of float32, in which products are summed up.
+
+    Activations of a narrower `dtype` are themselves rounded, which adds a variance of up to eps² / 12 of
+    their square: then eigenvalues above max l * eps² of it.
+    """
     p = spectrum.double()
-    return int((p > 4 * p.max() * torch.finfo(torch.float32).eps).sum())
+    return int((p > p.max() * max(4 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps ** 2)).sum())
 
 
 def early_enrichment(spectrum: Float[Tensor, " d"]) -> float:

@@ -70,42 +70,55 @@ def activations(model: PreTrainedModel, taps: list[Tap], ids: Int[Tensor, "seque
     """The name of each layer's nonlinearity, found by feeding it known pre-activations in [-12, 12].
 
     The model's own pre-activations will not do: where they are small, all GELUs look alike. Nor will
-    the configuration: transformer_lens reports relu for BLOOM and MPT.
+    the configuration: transformer_lens reports relu for BLOOM and MPT. In float32, whatever the model's
+    dtype: bfloat16 would hide what tells one GELU from the other.
     """
 
     def instead(share: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         return lambda module, args, output: share(output)
 
+    def wide(like: Tensor) -> Tensor:
+        return like.to(torch.promote_types(like.dtype, torch.float32))
+
     def grid(like: Tensor) -> Tensor:
-        return torch.linspace(-12, 12, like.numel()).reshape(like.shape).to(like)
+        return torch.linspace(-12, 12, like.numel()).reshape(like.shape).to(wide(like))
 
     def gain(like: Tensor) -> Tensor:  # either sign, never near 0
         wave = torch.cos(torch.arange(like.numel(), dtype=torch.float32))
-        return (wave.sign() * (0.5 + wave.abs())).reshape(like.shape).to(like)
+        return (wave.sign() * (0.5 + wave.abs())).reshape(like.shape).to(wide(like))
 
     def both(like: Tensor) -> Tensor:
         gate, key = like.chunk(2, dim=-1)
         return torch.cat([grid(gate), gain(key)], dim=-1)
 
+    entered: dict[int, Tensor] = {}
+
+    def entering(layer: int) -> Callable[..., Any]:
+        def keep(module: Any, args: tuple) -> tuple:
+            entered[layer] = flat(args[0])
+            return (args[0].to(module.weight.dtype), *args[1:])
+
+        return keep
+
     handles = []
     for tap in taps:
+        handles.append(tap.down.register_forward_pre_hook(entering(tap.layer)))
         if tap.gate is not None:
             handles.append(tap.gate.register_forward_hook(instead(grid)))
         up = both if tap.fused else gain if tap.gate is not None else grid
         handles.append(tap.up.register_forward_hook(instead(up)))
     try:
-        with recording({tap.layer: tap.down for tap in taps}) as calls:
-            model(ids)
+        model(ids)
     finally:
         for handle in handles:
             handle.remove()
     names = []
     for tap in taps:
-        hidden = calls[tap.layer][0][0].float()
-        z = grid(hidden).to(model.dtype).float()
-        h = hidden if tap.gate is None and not tap.fused else hidden / gain(hidden).to(model.dtype).float()
+        hidden = entered[tap.layer]
+        rounding = torch.finfo(hidden.dtype).eps  # some families cast what enters the down-projection
+        z, h = grid(hidden), hidden / gain(hidden) if tap.gated else wide(hidden)
         errors = {name: float((act(z) - h).abs().max()) for name, act in ACTIVATIONS.items()}
         best = min(errors, key=errors.__getitem__)
-        tolerance = max(TOLERANCE, 100 * torch.finfo(model.dtype).eps)
+        tolerance = max(TOLERANCE, 100 * rounding)
         names.append(best if errors[best] < tolerance else f"unknown (nearest: {best}, off by {errors[best]:.1e})")
     return names

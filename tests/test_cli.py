@@ -96,6 +96,19 @@ def test_a_folder_that_holds_another_run_is_not_overwritten(folder_of, run, tmp_
     assert (tmp_path / "run" / "report.html").read_bytes() == before
 
 
+def test_precision_and_placement_are_said_and_hold_for_the_whole_run(folder_of, run, tmp_path):
+    options = ("--tokens", "512", "--layers", "0", "--device-map", "auto", "--out", tmp_path / "run")
+    assert run("report", folder_of("llama"), *options, "--dtype", "bfloat16")[0] == 0
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert recorded["plan"]["dtype"] == recorded["about"]["model"]["dtype"] == "bfloat16"
+    assert " --dtype bfloat16 --device-map auto " in recorded["about"]["command"]
+    code, _, complained = run("report", folder_of("llama"), *options)
+    assert code == 2 and "holds another run (dtype 'bfloat16', now 'float32')" in complained
+    options = ("--dtype", "float16", "--device-map", "cpu")
+    assert run("check", folder_of("llama"), *options)[0] == 0
+    assert run("neuron", folder_of("llama"), "0.1", "--tokens", "512", *options)[0] == 0
+
+
 def test_neuron_shows_its_triggers_and_its_words(folder_of, run):
     code, printed, _ = run("neuron", folder_of("llama"), "2.7", "--tokens", "512")
     assert code == 0
@@ -123,6 +136,8 @@ def test_check_prints_a_line_a_layer(folder_of, run):
         (["--out", "a-file/run"], "cannot write into"),
         (["--out", "/proc/run"], "cannot write into"),  # root may write anywhere but here
         (["--tokens", "2"], "--tokens"),
+        (["--dtype", "half"], 'dtype "half" is unknown: choose from float32, bfloat16, float16'),
+        (["--device-map", "everywhere"], "correct device_map ('everywhere')"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, said, folder_of, run, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ RANKS = (
     ("errors", "spectrum"),
     ("disk", "ffn", "clustering", "statistics", "backoff", "memory"),
     ("result", "figure", "taps", "hub", "lock", "tensors"),
-    ("check", "manifest"),
+    ("check", "manifest", "placement"),
     ("models", "corpus", "executors"),
     ("forward", "fingerprint"),
     ("sinks",),

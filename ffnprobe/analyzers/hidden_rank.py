@@ -281,7 +281,7 @@ def hidden_rank(
     check_documents(tokens)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, seed, budget), **collecting)
-    rows = [row for ffn in measured for row in _layer_rows(ffn.canonical(), statistics, seed)]
+    rows = [row for ffn in measured for row in _layer_rows(ffn, statistics, seed)]
     return HiddenRank(rows, settings_of(model, tokens, seed, **collecting) | {"budget": budget})
 
 
@@ -312,7 +312,7 @@ def _error(row: Row) -> str:
 
 
 def _layer_rows(ffn: FFN, statistics: Mapping[str, Any], seed: int) -> list[Row]:
-    prefix, null = f"hidden_rank/{ffn.layer}", ffn.randomised(seed)
+    prefix, null = f"hidden_rank/{ffn.layer}", ffn.canonical().randomised(seed)
     sinks = statistics[f"{prefix}/sinks"].n
     rows, spectra, covariances = [], {}, {}
     for site in sites(ffn):
@@ -346,7 +346,7 @@ def _layer_rows(ffn: FFN, statistics: Mapping[str, Any], seed: int) -> list[Row]
                 stable_rank=sp.stable_rank(spectrum),
                 rank_at_90=sp.rank_at_energy(spectrum, 0.90),
                 rank_at_99=sp.rank_at_energy(spectrum, 0.99),
-                numerical_rank=None if covariance.sketch else sp.numerical_rank(spectrum),
+                numerical_rank=None if covariance.sketch else sp.numerical_rank(spectrum, ffn.keys.dtype),
                 early_enrichment=sp.early_enrichment(_padded(spectrum, width)),
                 divergence_from_pre=_divergence(spectra, site),
                 participation_ratio_uncentred=uncentred.participation_ratio,
@@ -384,11 +384,13 @@ def _null_ranks(
     elif measured in statistics:
         ranks = statistics[measured].compute().spectrum().values
     elif site == "out":
-        values = null.values.double()
-        ranks = sp.eigenvalues(einsum(values, covariances["post"].centred, values, "i d, i j, j e -> d e"))
+        centred = covariances["post"].centred
+        values = null.values.to(centred)
+        ranks = sp.eigenvalues(einsum(values, centred, values, "i d, i j, j e -> d e"))
     else:
-        matrix, _ = triangle(null, site)
-        ranks = sp.eigenvalues(matrix @ covariances["in"].centred @ matrix.mT)
+        centred = covariances["in"].centred
+        matrix = triangle(null, site)[0].to(centred)
+        ranks = sp.eigenvalues(matrix @ centred @ matrix.mT)
     return sp.participation_ratio(ranks), sp.soft_rank(ranks)
 
 

@@ -227,7 +227,7 @@ def read_values(
     `held` bytes of scores exist at a time, whatever the number of values.
     """
     rows = max(1, held // (4 * len(vocabulary)))
-    scores = (chunk @ vocabulary.mT for chunk in values.split(rows))
+    scores = (chunk.to(vocabulary) @ vocabulary.mT for chunk in values.split(rows))
     ends = [(score.topk(k, dim=1).indices, score.topk(k, dim=1, largest=False).indices) for score in scores]
     raised, lowered = zip(*ends, strict=True)
     return torch.cat(raised).cpu(), torch.cat(lowered).cpu()
@@ -237,6 +237,7 @@ def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window,
     top = statistics[f"memories/{ffn.layer}/top"].compute()
     rate = statistics[f"memories/{ffn.layer}/rate"].compute().cpu()
     activation, at = top.activation.cpu(), top.at.cpu()
+    ffn = ffn.wide()
     values = ffn.values if gain is None else ffn.values * gain
     written = values * torch.where(activation[:, :1] < 0, -1.0, 1.0).to(values)
     raised, lowered = read_values(written, vocabulary, readings)

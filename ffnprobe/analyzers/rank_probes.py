@@ -28,13 +28,14 @@ def probes(layers: Sequence[FFN], seed: int = 0, budget: int = BUDGET) -> dict[s
     k = plan_moments(layers, budget)
     wanted: dict[str, Probe] = {}
     for ffn in layers:
-        prefix, null = f"hidden_rank/{ffn.layer}", ffn.canonical().randomised(seed)
+        prefix, canonical = f"hidden_rank/{ffn.layer}", ffn.canonical()
+        null = canonical.randomised(seed).to(ffn.keys.dtype)  # as large as the layer, and held as long
         matched = _Matched(k, seed)
         for site in sites(ffn):
             probe = Probe(ffn.layer, site, Moments.about)
             if site in ("pre", "up"):
                 # z is linear in x: d_model numbers tell its spectrum, for d_model^2 of work instead of d_mlp^2
-                probe = Probe(ffn.layer, "in", Moments.about, of=_reading(ffn.canonical(), site))
+                probe = Probe(ffn.layer, "in", Moments.about, of=_reading(canonical, site))
             elif site == "post":
                 probe = replace(probe, make=matched.trained if k else Moments.about)
                 probe = replace(probe, of=_scaling(ffn)) if ffn.gated else probe
@@ -116,7 +117,7 @@ def triangle(ffn: FFN, site: str) -> tuple[Float[Tensor, "k d_model"], Float[Ten
 
 def _reading(ffn: FFN, site: str) -> Callable[[Tensor], Tensor]:
     matrix, offset = (part.to(ffn.keys.dtype) for part in triangle(ffn, site))
-    return lambda x: x @ matrix.mT + offset
+    return lambda x: x.to(matrix.dtype) @ matrix.mT + offset
 
 
 def _scaling(ffn: FFN) -> Callable[[Tensor], Tensor]:
@@ -126,7 +127,7 @@ def _scaling(ffn: FFN) -> Callable[[Tensor], Tensor]:
 
 def _writing(ffn: FFN, null: FFN) -> Callable[[Tensor], Tensor]:
     """What the null's values make of the trained hidden activations."""
-    values = ffn.gauge[:, None] * null.values
+    values = (ffn.gauge[:, None] * null.values).to(null.values.dtype)
     return lambda hidden: hidden @ values
 
 

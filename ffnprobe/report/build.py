@@ -52,6 +52,8 @@ class Settings:
     batch: int = BATCH
     shard: int | None = None
     budget: int = BUDGET  # bytes of all moments
+    dtype: str = "float32"
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
         if self.corpus and self.dataset:
@@ -68,13 +70,15 @@ class Settings:
         options += [f"--batch {self.batch}"] if self.batch != BATCH else []
         options += [f"--shard {self.shard}"] if self.shard else []
         options += [f"--budget {self.budget}"] if self.budget != BUDGET else []
+        options += [f"--dtype {quote(self.dtype)}"] if self.dtype != Settings.dtype else []
+        options += [f"--device-map {quote(self.device_map)}"] if self.device_map else []
         return " ".join(["ffnprobe report", quote(self.model), *options, f"--out {quote(out)}"])
 
 
 def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     """Load the model and the tokens, and list what all analyzers want of one pass."""
     say(f"loading {settings.model}")
-    model = load_model(settings.model, say=say)
+    model = load_model(settings.model, dtype=settings.dtype, device_map=settings.device_map, say=say)
     chosen = {tap.layer for tap in choose_layers(model, settings.layers)}
     measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
     corpus = load_dataset_corpus(settings.dataset) if settings.dataset else load_corpus(settings.corpus)
