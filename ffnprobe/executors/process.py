@@ -37,13 +37,14 @@ class Processes:
         return cls(workers, share(workers))
 
     def __call__(self, shards: Sequence[int], make: Make, start: Start) -> Generator[Entry, None, None]:
-        queue, deaths = list(shards), Counter[int]()
+        queue, deaths, workers = list(shards), Counter[int](), list[BaseProcess]()
         busy: dict[Connection, tuple[BaseProcess, int]] = {}
         try:
             while queue or busy:
                 while queue and len(busy) < self.workers:
                     with _undisturbed():
                         connection, worker = self._spawn(start)
+                        workers.append(worker)
                         busy[connection] = worker, _give(connection, queue)
                 for connection in cast(list[Connection], wait(list(busy))):
                     worker, shard = busy.pop(connection)
@@ -63,13 +64,11 @@ class Processes:
                         raise answer
                     if queue:
                         busy[connection] = worker, _give(connection, queue)
-                    else:
-                        connection.close()  # it ends
                     yield answer
         finally:
-            for worker, _ in busy.values():
-                worker.terminate()
-            for worker, _ in busy.values():
+            for worker in workers:
+                worker.kill()  # a file is there whole or not at all, so there is nothing to tidy up
+            for worker in workers:
                 worker.join()
 
     def _spawn(self, start: Start) -> tuple[Connection, BaseProcess]:
