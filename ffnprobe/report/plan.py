@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..analyzers.rank_probes import moment_bytes, plan_moments
 from ..backoff import backing_off
-from ..disk import need_room
+from ..disk import make_folder, need_room
 from ..errors import MachineError
 from ..executors import Executor
 from ..memory import available, peak
@@ -109,7 +109,7 @@ def plan_report(
     """
     clock, seconds, workers = _Clock(started), dict[str, float](), executor.workers
     there, out = available() + peak(), Path(out)
-    folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
+    folder = make_folder(next(parent for parent in (out, *out.absolute().parents) if parent.is_dir()))
     work = work_of(settings, say)
     work.plan()  # a report takes fingerprints
     seconds["load"], loaded = clock.lap(), peak()

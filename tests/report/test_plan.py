@@ -80,3 +80,10 @@ def test_statistics_beyond_memory_are_refused_before_they_are_made(settings, tmp
 def test_two_sources_of_text_are_one_too_many():
     with pytest.raises(InputError, match="both --corpus and --dataset"):
         Settings("any", corpus="x.txt", dataset="y")
+
+
+def test_a_folder_that_takes_no_files_is_said_before_the_model_is_loaded(settings):
+    said: list[str] = []
+    with pytest.raises(InputError, match="cannot write into /proc"):
+        plan_report(settings, "/proc/run", Inline(1), said.append)
+    assert not said
