@@ -2,25 +2,13 @@ import math
 
 import pytest
 import torch
+from recipes import LENGTH, tokens_of
 
 from ffnprobe.corpus import Tokens
 from ffnprobe.errors import InputError
 from ffnprobe.models import ffns, plain
 from ffnprobe.statistics import Count, Moments, TopActivations
 from ffnprobe.stream import KINDS, Probe, capture, collect
-
-LENGTH = 16
-
-
-def tokens_of(model, sequences: int = 5, seed: int = 0) -> Tokens:
-    """Random ids; documents of 10 tokens that begin with the special id 0."""
-    n = sequences * LENGTH
-    vocabulary = plain(model).get_input_embeddings().weight.shape[0]
-    ids = torch.randint(1, vocabulary, (n,), generator=torch.Generator().manual_seed(seed))
-    special = torch.arange(n) % 10 == 0
-    ids[special] = 0
-    document = torch.arange(n) // 10
-    return Tokens(ids.view(-1, LENGTH), document.view(-1, LENGTH), special.view(-1, LENGTH), {})
 
 
 @pytest.fixture(params=["gpt2", "llama", "phi3", "gpt_neox", "bloom", "mpt", "opt", "gemma2", "bert"])
