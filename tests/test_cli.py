@@ -13,7 +13,7 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
-from ffnprobe.cli import main, parse_layers
+from ffnprobe.cli import main, parse_layers, parse_size
 from ffnprobe.errors import InputError
 
 
@@ -136,6 +136,7 @@ def test_check_prints_a_line_a_layer(folder_of, run):
         (["--out", "a-file/run"], "cannot write into"),
         (["--out", "/proc/run"], "cannot write into"),  # root may write anywhere but here
         (["--tokens", "2"], "--tokens"),
+        (["--budget", "much"], "size 'much' is not understood: write it as in 4GiB or 500MB"),
         (["--dtype", "half"], 'dtype "half" is unknown: choose from float32, bfloat16, float16'),
         (["--device-map", "everywhere"], "correct device_map ('everywhere')"),
     ],
@@ -285,3 +286,10 @@ def test_check_shows_the_layers_that_fail_and_refuses_the_model(folder_of, run, 
     assert "failed the self-check: layer 0" in complained and "analyzers apply" not in printed
     code, _, complained = run("report", folder_of("gpt2"))
     assert code == 3 and "failed the self-check: layer 0" in complained
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GiB", 4 * 2**30), ("500MB", 500_000_000), ("1.5k", 1500), ("7", 7), ("2 tib", 2 * 2**40)]
+)
+def test_sizes_are_read_as_they_are_written(text, size):
+    assert parse_size(text) == size
