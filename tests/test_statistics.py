@@ -332,3 +332,11 @@ def test_top_activations_of_a_long_stream_are_those_of_the_whole():
     assert torch.equal(whole.compute().at, parts.compute().at)
     assert torch.equal(whole.compute().activation, parts.compute().activation)
     assert whole.compute().at[4].tolist() == list(range(6))
+
+
+def test_top_activations_keep_what_is_just_above_the_floor():
+    x = 1 + torch.rand(1000, 4, generator=torch.Generator().manual_seed(12)) / 100  # all within 1% of each other
+    top = TopActivations.about(x[:1], k=9)
+    for rows in torch.arange(1000).split(100):
+        top.update(x[rows], rows)
+    assert torch.equal(top.compute().activation, x.sort(0, descending=True).values[:9].T)

@@ -7,8 +7,9 @@ from recipes import LENGTH, tokens_of
 from ffnprobe.corpus import Tokens
 from ffnprobe.errors import InputError
 from ffnprobe.models import ffns, plain
+from ffnprobe.sinks import Sinks
 from ffnprobe.statistics import Count, Moments, TopActivations
-from ffnprobe.stream import KINDS, Probe, capture, collect
+from ffnprobe.stream import KINDS, Probe, capture, choose_layers, collect
 
 
 @pytest.fixture(params=["gpt2", "llama", "phi3", "gpt_neox", "bloom", "mpt", "opt", "gemma2", "bert"])
@@ -173,3 +174,13 @@ def test_sinks_are_above_the_factor_times_the_median(gpt2):
     assert 0 < large.sum() < len(large) / 2
     assert set(kind[large].tolist()) == {1}
     assert (kind[~large] == 1).float().mean() < 0.5
+
+
+def test_hidden_norms_weigh_each_gated_neuron_as_it_is_written(llama):
+    (tap,), values = choose_layers(llama, [1]), ffns(llama)[1].values
+    post = torch.randn(300, len(values), generator=torch.Generator().manual_seed(0))  # more rows than go at a time
+    written = (post * values.norm(dim=1)).norm(dim=1)
+    limit = float(written.median())
+    found = Sinks(1.0, {1: math.inf}, {1: limit}).find(tap, {"residual": torch.zeros(300, 1), "post": post})
+    clear = (written - limit).abs() > 1e-5
+    assert torch.equal(found[clear], (written > limit)[clear])
