@@ -1,5 +1,8 @@
+from .analyzers import expansion as expansion
+from .analyzers import expansion_fits as expansion_fits
 from .analyzers import hidden_rank as hidden_rank
 from .analyzers import memories as memories
+from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
 from .analyzers import weight_rank as weight_rank
 from .corpus import load_corpus as load_corpus

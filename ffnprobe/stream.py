@@ -60,7 +60,7 @@ class Probe:
     """One statistic of one site of one layer: which tokens it sees, and what of them.
 
     `make` builds the statistic from a pilot sample of what it will see; `of` maps the site's rows to what
-    is measured; `half` restricts it to every other document.
+    is measured; `block` (i, n) restricts it to every n-th document, from the i-th on.
     """
 
     layer: int
@@ -68,7 +68,7 @@ class Probe:
     make: Callable[[Float[Tensor, "n width"]], Statistic]
     of: Callable[[Float[Tensor, "n width"]], Float[Tensor, "n other"]] = lambda x: x  # one object, one computation
     kinds: tuple[str, ...] = ("kept",)
-    half: int | None = None
+    block: tuple[int, int] | None = None
 
 
 def capture(
@@ -198,17 +198,17 @@ def collect_rows(
     """Feed these sequences to the pilot's statistics and hand them back: a copy would be memory for nothing."""
     groups = _groups(probes)
     chosen = choose_layers(model, sorted(groups))
-    half = (torch.cat([torch.zeros(1), tokens.document.flatten().diff()]) != 0).cumsum(0) % 2
+    document = (torch.cat([torch.zeros(1), tokens.document.flatten().diff()]) != 0).cumsum(0)
     statistics = dict(start.starts)
     for done, some in enumerate(rows.split(batch)):
 
         def feed(tap: Tap, read: dict[str, Tensor], some=some) -> None:
             wanted = groups[tap.layer]
             seen = _activations(tap, read, {site for site, *_ in wanted}, some, tokens, start.sinks, nonfinite)
-            for (site, of, kinds, parity), names in wanted.items():
+            for (site, of, kinds, block), names in wanted.items():
                 use = torch.isin(seen.kind, torch.tensor([KINDS.index(kind) for kind in kinds]))
-                if parity is not None:
-                    use &= half[seen.at] == parity
+                if block is not None:
+                    use &= document[seen.at] % block[1] == block[0]
                 x, at = seen.sites[site], seen.at
                 if not use.all():
                     row = use.nonzero().squeeze(1)
@@ -229,7 +229,7 @@ def _groups(probes: Mapping[str, Probe]) -> dict[int, dict[tuple, list[str]]]:
     for layer, wanted in _by_layer(probes).items():
         groups[layer] = {}
         for name, probe in wanted:
-            groups[layer].setdefault((probe.site, probe.of, probe.kinds, probe.half), []).append(name)
+            groups[layer].setdefault((probe.site, probe.of, probe.kinds, probe.block), []).append(name)
     return groups
 
 

@@ -40,7 +40,7 @@ def work_of(model: TransformerBridge, sequences: int = 7, seed: int = 0, **chang
     top = partial(TopActivations.about, k=3, by_magnitude=True)
     probes = {
         "0/post": Probe(0, "post", Moments.about),
-        "1/in": Probe(1, "in", Moments.about, half=1),
+        "1/in": Probe(1, "in", Moments.about, block=(1, 2)),
         "1/top": Probe(1, "post", top),
         "1/rate": Probe(1, "pre", FiringRate.about),
         "1/dropped": Probe(1, "in", Count.about, kinds=("sink", "special")),

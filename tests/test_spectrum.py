@@ -149,3 +149,24 @@ def test_random_features_have_the_closed_form_rank(name, r):
 def test_random_relu_features_are_the_tabled_ones():
     found = [sp.random_feature_rank(64.0, int(r * 64), torch.relu) for r in (0.5, 1, 2, 4, 8, 16)]
     assert found == pytest.approx([25.2, 41.6, 61.6, 81.2, 96.5, 106.5], rel=0.005)
+
+
+def test_the_rank_of_a_random_subset_is_the_mean_over_subsets():
+    random = torch.Generator().manual_seed(0)
+    basis = torch.randn(200, 60, generator=random, dtype=torch.float64)
+    covariance = basis @ torch.diag(torch.arange(1.0, 61.0, dtype=torch.float64) ** -0.7) @ basis.T
+    for k in (40, 100, 160, 200):
+        draws = [torch.randperm(200, generator=random)[:k] for _ in range(1000)]
+        ranks = [sp.participation_ratio(sp.eigenvalues(covariance[some][:, some])) for some in draws[:300]]
+        traces = [
+            (covariance[some][:, some].trace() ** 2, covariance[some][:, some].square().sum()) for some in draws
+        ]
+        trace, square = (torch.stack(part).mean() for part in zip(*traces, strict=True))
+        found = sp.subset_participation_ratio(covariance, k)
+        assert found == pytest.approx(float(trace / square), rel=0.005)
+        assert found == pytest.approx(sum(ranks) / len(ranks), rel=0.01)
+    assert found == pytest.approx(sp.participation_ratio(sp.eigenvalues(covariance)))
+
+
+def test_subsets_of_independent_coordinates_have_all_their_directions():
+    assert [sp.subset_participation_ratio(torch.eye(9), k) for k in (1, 4, 9)] == pytest.approx([1, 4, 9])

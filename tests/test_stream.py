@@ -59,7 +59,7 @@ def test_collect_sees_what_capture_shows(model):
 def test_kinds_and_halves_split_the_tokens(gpt2):
     tokens = tokens_of(gpt2)
     probes = {
-        f"{kind}/{half}": Probe(1, "in", Count.about, kinds=(kind,), half=half)
+        f"{kind}/{half}": Probe(1, "in", Count.about, kinds=(kind,), block=(half, 2))
         for kind in KINDS
         for half in (0, 1)
     }
@@ -72,7 +72,9 @@ def test_kinds_and_halves_split_the_tokens(gpt2):
 
 def test_halves_take_every_other_document(gpt2):
     tokens = tokens_of(gpt2)
-    probes = {f"{half}": Probe(0, "post", lambda x: TopActivations.about(x, k=80), half=half) for half in (0, 1)}
+    probes = {
+        f"{half}": Probe(0, "post", lambda x: TopActivations.about(x, k=80), block=(half, 2)) for half in (0, 1)
+    }
     found = collect(gpt2, tokens, probes, sink_factor=math.inf)
     for half in (0, 1):
         at = found[f"{half}"].compute().at

@@ -1,9 +1,15 @@
 """One question a file."""
 
+from .expansion import Expansion as Expansion
+from .expansion import expansion as expansion
+from .expansion_fits import ExpansionFits as ExpansionFits
+from .expansion_fits import expansion_fits as expansion_fits
 from .hidden_rank import HiddenRank as HiddenRank
 from .hidden_rank import hidden_rank as hidden_rank
 from .memories import Memories as Memories
 from .memories import memories as memories
+from .nested import Nested as Nested
+from .nested import nested as nested
 from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
 from .weight_rank import WeightRank as WeightRank

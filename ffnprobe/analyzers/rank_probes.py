@@ -39,7 +39,7 @@ def probes(layers: Sequence[FFN], seed: int = 0, budget: int = BUDGET) -> dict[s
             elif site == "post":
                 probe = replace(probe, make=matched.trained if k else Moments.about)
                 probe = replace(probe, of=_scaling(ffn)) if ffn.gated else probe
-            wanted |= {f"{prefix}/{site}/{half}": replace(probe, half=half) for half in (0, 1)}
+            wanted |= {f"{prefix}/{site}/{half}": replace(probe, block=(half, 2)) for half in (0, 1)}
             wanted[f"{prefix}/{site}/dropped"] = replace(probe, kinds=("sink", "special"))
         make = matched.null if k else Moments.about
         wanted[f"{prefix}/post/null"] = Probe(ffn.layer, "in", make, of=null.hidden)
