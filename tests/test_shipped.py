@@ -36,7 +36,7 @@ def test_a_tiny_model_loads_passes_the_self_check_and_says_what_it_is(name, tmp_
 def test_it_predicts_held_out_text_better_than_a_bigram(name):
     found = facts(name)
     assert found["held_out_float16"] == pytest.approx(found["held_out"], abs=0.002)
-    assert found["held_out_float16"] < found["bigram"] - 0.2 < found["unigram"] - 1
+    assert found["held_out_float16"] < found["bigram"] - 0.3 < found["unigram"] - 1
 
 
 @every_model
