@@ -1,13 +1,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2-135m
-RUN ?= runs/$(notdir $(MODEL))
 BIN = $(VENV)/bin
 
 .PHONY: report test test-slow lint gallery bench clean
 
+# where the default model cannot be fetched (exit code 4), the one that comes with ffnprobe takes its place
 report: $(VENV)/ready
-	$(BIN)/ffnprobe report $(MODEL) --out $(RUN)
+	@model='$(MODEL)'; \
+	if [ '$(origin MODEL)' = file ]; then \
+		$(BIN)/ffnprobe fetch $$model > /dev/null; code=$$?; \
+		case $$code in \
+			0) ;; \
+			4) model=tiny-x4; echo "$(MODEL) could not be fetched: measuring $$model, which comes with ffnprobe" >&2 ;; \
+			*) exit $$code ;; \
+		esac; \
+	fi; \
+	$(BIN)/ffnprobe report $$model $(if $(RUN),--out '$(RUN)')
 
 test: $(VENV)/ready
 	$(BIN)/pytest

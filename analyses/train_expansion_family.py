@@ -137,13 +137,15 @@ class Training:
         return json.loads(text["curve"])
 
 
-def train(member: Member, seed: int, out: Path, device: str, schedule: Schedule, every: int = 250) -> Path:
+def train(
+    member: Member, seed: int, out: Path, device: str, schedule: Schedule, every: int = 250, corpus: Path = TINY
+) -> Path:
     """Train to the end, from the checkpoint in the folder if there is one; the folder."""
     folder = out / f"{member.name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "model").is_dir():
         return folder
-    training_set, held = packed("train"), packed("heldout")
+    training_set, held = packed("train", corpus), packed("heldout", corpus)
     rows = order(len(training_set), schedule.steps, schedule.batch, seed)
     recipe = json.dumps({"member": member.name, "seed": seed, **asdict(schedule)})
     training, curve = Training(member, seed, schedule, device), []

@@ -25,7 +25,12 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    str, typer.Argument(help="A hub id (gpt2), a folder, a .gguf file, or smollm2-135m.", show_default=False)
+    str,
+    typer.Argument(
+        help="A hub id (gpt2), a folder, a .gguf file, smollm2-135m, or a tiny model that comes with ffnprobe "
+        "(tiny-x4).",
+        show_default=False,
+    ),
 ]
 Tokens = Annotated[int, typer.Option(help="Tokens to run.", min=16)]
 Layers = Annotated[str | None, typer.Option(help="Layers, as in 0,3-5. All by default.")]
@@ -201,7 +206,7 @@ def check(model: Model, dtype: Dtype = "float32", device_map: DeviceMap = None) 
 
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A built-in model.")] = "smollm2-135m") -> None:
-    """Get a built-in model, once."""
+    """Get a built-in model, once, and say where it is. The tiny models (tiny-x4) come with ffnprobe."""
     from .models import fetch as fetch_model
 
     typer.echo(fetch_model(name, say=_say))

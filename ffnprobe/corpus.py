@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, MachineError
+from .shipped import shipped
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def load_corpus(spec: str | Path | None = None) -> Corpus:
         InputError: the file is missing, empty, of another kind, or broken; the line says where.
     """
     if spec is None:
-        return _corpus("probe", _jsonl(_default()))
+        default = shipped("probe/probe.jsonl", "the default corpus", "give --corpus FILE")
+        return _corpus("probe", _jsonl(default))
     path = Path(spec)
     readers = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.is_dir():
@@ -242,15 +244,6 @@ def _cap(sizes: list[int], tokens: int, asked: int) -> int:
     """The fewest tokens a document, `asked` or more, that give `tokens`; the largest size if nothing does."""
     caps = range(asked, max(sizes, default=0))
     return asked + bisect_left(caps, tokens, key=lambda cap: sum(min(size, cap) for size in sizes))
-
-
-def _default() -> Path:
-    here = Path(__file__).parent
-    places = [folder / "data" / "probe" / "probe.jsonl" for folder in (here, here.parent)]  # installed, checkout
-    for place in places:
-        if place.is_file():
-            return place
-    raise InputError(f"the default corpus is not at {places[0]}: reinstall ffnprobe, or give --corpus FILE")
 
 
 def _corpus(name: str, documents: Iterator[Document]) -> Corpus:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -74,3 +77,12 @@ MEMBERS = {
         *(Member(f"tiny-swiglu-x{r:.3g}", round(r * D_MODEL), gated=True) for r in (1, 8 / 3, 8)),
     ]
 }
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 of the names, types, shapes and numbers of a state dict, in the order of names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()

