@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import least_squares
+from scipy.optimize import minimize_scalar
 from scipy.stats import t, theilslopes
 
 LEVEL = 0.95
@@ -74,7 +74,9 @@ def fit_scaling(widths: ArrayLike, ranks: ArrayLike) -> Scaling:
 
 def exponent(widths: ArrayLike, ranks: ArrayLike) -> float:
     """b of ln R = ln A + b ln D by least squares; not a number below two widths."""
-    return fit_scaling(widths, ranks).exponent if np.unique(widths).size > 1 else math.nan
+    if np.unique(widths).size < 2:
+        return math.nan
+    return float(np.polyfit(*_logarithms(widths, ranks), 1)[0])
 
 
 def _logarithms(widths: ArrayLike, ranks: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -87,21 +89,25 @@ def _logarithms(widths: ArrayLike, ranks: ArrayLike) -> tuple[np.ndarray, np.nda
 
 
 def _saturating(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """(ceiling, slope, sum of squares in ln R) of 1/R = u + v/D with u, v >= 0."""
+    """(ceiling, slope, sum of squares in ln R) of 1/R = (1 + knee / D) / ceiling.
 
-    def off(uv: np.ndarray) -> np.ndarray:
-        return y + np.log(uv[0] + uv[1] * np.exp(x[0] - x))  # in units of the first point, of order one
+    For each knee the best ceiling is a mean, which leaves one number to search: from far below the widths, where R
+    is constant, to far above, where it is proportional to D.
+    """
 
-    scale = math.exp(y[0])
-    starts = [(0.5 / scale, 0.5 / scale), (1e-6 / scale, 1 / scale), (1 / scale, 1e-3 / scale)]
-    fits = [
-        least_squares(off, start, bounds=(0, np.inf), x_scale=1 / scale, xtol=1e-14, ftol=1e-14)
-        for start in starts
-    ]
-    best = min(fits, key=lambda fit: fit.cost)
-    u, v = map(float, best.x)
-    seen = u > 1e-6 * math.exp(-y.max())  # a ceiling a million times above all ranks is none
-    return 1 / u if seen else math.inf, math.exp(-x[0]) / v if v else math.inf, float(2 * best.cost)
+    def off(knee: float) -> np.ndarray:
+        return y + np.log1p(np.exp(knee - x))
+
+    def squares(knee: float) -> float:
+        return float(((of := off(knee)) - of.mean()) @ (of - of.mean()))
+
+    grid = np.linspace(x.min() - 12, x.max() + 12, 200)
+    best = grid[np.argmin([squares(knee) for knee in grid])]
+    step = grid[1] - grid[0]
+    found = minimize_scalar(squares, bounds=(best - step, best + step), method="bounded", options={"xatol": 1e-10})
+    height = float(off(found.x).mean())  # ln of the ceiling
+    seen = height < y.max() + math.log(1e4)  # a ceiling far above all ranks is none
+    return math.exp(height) if seen else math.inf, math.exp(height - found.x), float(found.fun)
 
 
 def _aicc(squares: float, n: int, k: int = 3) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from torch.nn.functional import cross_entropy
 
 from .. import spectrum as sp
 from ..corpus import Tokens
-from ..family import MEMBERS
+from ..family import MEMBERS, digest
 from ..ffn import ACTIVATIONS, FFN
 from ..hub import locate
 from ..models import Model, ffns, load_model, plain, tokenizer_of
 from ..placement import input_device
 from ..statistics import Count, Moments
 from ..stream import Probe, collect
+
+log = logging.getLogger(__name__)
 
 TRAINED, STEP_0, RANDOM, MATCHED, SUBSET = STATES = (
     "trained",
@@ -83,6 +86,9 @@ def untrained(model: Model, tokens: Tokens, spec: str | Path, collecting: Mappin
     if training is None:
         return
     weights = MEMBERS[training["member"]].at_step_0(training["seed"])
+    if digest(weights.state_dict()) != training["step_0_sha256"]:
+        log.warning("%s: another torch or transformers gives other weights at step 0, which is left out", spec)
+        return
     start = load_model(weights, tokenizer=tokenizer_of(model), device=input_device(plain(model)))
     probes: dict[str, Probe] = {}
     for ffn in ffns(start):
@@ -190,9 +196,9 @@ def _ranks(spectrum: Tensor, moments: Moments | None = None) -> Line:
         "soft_rank": sp.soft_rank(spectrum),
         "erank_rv": sp.erank_rv(spectrum),
         "stable_rank": sp.stable_rank(spectrum),
-        "rank_at_90": sp.rank_at_energy(spectrum, 0.90),
-        "rank_at_99": sp.rank_at_energy(spectrum, 0.99),
-        "numerical_rank": sp.numerical_rank(spectrum),
+        "rank_at_90": float(sp.rank_at_energy(spectrum, 0.90)),
+        "rank_at_99": float(sp.rank_at_energy(spectrum, 0.99)),
+        "numerical_rank": float(sp.numerical_rank(spectrum)),
     }
 
 
