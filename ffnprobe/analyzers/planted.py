@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -156,3 +157,13 @@ def expected_accuracy(load: float, answers: int) -> float:
 def expected_load(accuracy: float, answers: int) -> float:
     """Neurons a fact at which `expected_accuracy` is this."""
     return float(brentq(lambda load: expected_accuracy(load, answers) - accuracy, 0, 1))
+
+
+def bits(accuracy: float, answers: int) -> float:
+    """What a recalled fact tells of its answer at the least: log2 V - h(p) - (1 - p) log2(V - 1), by Fano.
+
+    >>> bits(1 / 16, 16), bits(1.0, 16)
+    (0.0, 4.0)
+    """
+    p = max(accuracy, 1 / answers)
+    return sum(q * math.log2(q / null) for q, null in ((p, 1 / answers), (1 - p, 1 - 1 / answers)) if q)

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from ..errors import InputError
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, caption, legend_below, new_figure, styled
 from ..result import Result, Verdict, column
-from .planted import ARMS, Facts, expected_accuracy, expected_load, expected_residual, store
+from .planted import ARMS, Facts, bits, expected_accuracy, expected_load, expected_residual, store
 
 MARK = {
     "least squares, GELU": ("o-", SKY),
@@ -285,16 +285,6 @@ def _rows(
         )
         for i in range(seeds)
     ]
-
-
-def bits(accuracy: float, answers: int) -> float:
-    """What a recalled fact tells of its answer at the least: log2 V - h(p) - (1 - p) log2(V - 1), by Fano.
-
-    >>> bits(1 / 16, 16), bits(1.0, 16)
-    (0.0, 4.0)
-    """
-    p = max(accuracy, 1 / answers)
-    return sum(q * math.log2(q / null) for q, null in ((p, 1 / answers), (1 - p, 1 - 1 / answers)) if q)
 
 
 def _width(neurons: float | None) -> str:

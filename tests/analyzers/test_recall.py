@@ -10,8 +10,8 @@ import torch
 import ffnprobe
 from ffnprobe import recall
 from ffnprobe.analyzers import planted as module
-from ffnprobe.analyzers.planted import ARMS, Facts, expected_accuracy, expected_load, store
-from ffnprobe.analyzers.recall import MARK, Recall, Row, bits
+from ffnprobe.analyzers.planted import ARMS, Facts, bits, expected_accuracy, expected_load, store
+from ffnprobe.analyzers.recall import MARK, Recall, Row
 from ffnprobe.errors import InputError
 
 SOLVED = [name for name, arm in ARMS.items() if arm.solved]
