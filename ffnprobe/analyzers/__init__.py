@@ -12,5 +12,7 @@ from .nested import Nested as Nested
 from .nested import nested as nested
 from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
+from .recall import Recall as Recall
+from .recall import recall as recall
 from .weight_rank import WeightRank as WeightRank
 from .weight_rank import weight_rank as weight_rank
