@@ -145,9 +145,8 @@ class Recall(Result):
                 "exponent of the facts held against width is above 0 (95%); mixed if only one of the two holds",
                 measured=f"rank correlation and exponent: {measured}",
                 verdict="supported" if rises and grows else "mixed" if rises or grows else "not supported",
-                against="What is bought is bought by parameters, not by the FFN: models without FFNs store nearly "
-                "as much at equal size (Allen-Zhu & Li 2024), and attention can hold the facts instead (Nichani "
-                "et al. 2024). In trained models, editing the neurons of a fact rarely changes the answer (Niu et "
+                against="What is bought may be bought by parameters, not by the FFN: attention can hold facts too "
+                "(Allen-Zhu & Li 2024, Nichani et al. 2024). In trained models, editing the neurons of a fact rarely changes the answer (Niu et "
                 "al. 2024).",
             )
         ]
