@@ -1,4 +1,4 @@
-"""Does width buy memory? Random facts are planted in small layers; a MODEL given is not loaded.
+"""Does width buy memory? Random facts are planted in small layers; no model is loaded.
 
 python analyses/plot_recall.py [--seed S]
 """

@@ -10,7 +10,7 @@ from ffnprobe.errors import InputError
 
 ANALYSES = Path(__file__).parents[1] / "analyses"
 SCRIPTS = sorted(ANALYSES.glob("plot_*.py"))
-PLANTED = ANALYSES / "plot_recall.py"  # loads no model; tests/analyzers/test_recall.py runs it
+OWN = {"plot_recall.py": ["recall-planted"], "plot_expansion.py": ["expansion-tiny", "expansion_fits-tiny"]}
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def run(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != PLANTED], ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.name not in OWN], ids=lambda path: path.stem)
 def test_the_script_draws_its_figure_and_saves_its_table(script, run, folder_of, tmp_path, capsys):
     run(script, str(folder_of("gpt2")), "--layers", "0-2", "--tokens", "512", "--out", str(tmp_path))
     stem = f"{script.stem.removeprefix('plot_')}-gpt2"
@@ -35,10 +35,18 @@ def test_a_layer_that_is_not_there_is_said(run, folder_of, tmp_path):
         run(ANALYSES / "plot_weight_rank.py", str(folder_of("gpt2")), "--layers", "9", "--out", str(tmp_path))
 
 
+def test_the_family_is_drawn_from_two_models_and_a_corpus(run, tmp_path, capsys):
+    models, corpus = ("tiny-x4", "tiny-x0.5"), str(ANALYSES.parent / "data/tiny/heldout.jsonl")
+    run(ANALYSES / "plot_expansion.py", *models, "--corpus", corpus, "--tokens", "1024", "--out", str(tmp_path))
+    stems = OWN["plot_expansion.py"]
+    kinds = ("png", "svg", "parquet")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for stem in stems for kind in kinds}
+    assert "8 times the width multiplies the soft rank" in capsys.readouterr().out
+
+
 def test_the_gallery_shows_every_script():
     page = (ANALYSES / "README.md").read_text()
     for script in SCRIPTS:
-        model = "planted" if script == PLANTED else "smollm2-135m"
-        figure = f"figures/{script.stem.removeprefix('plot_')}-{model}.png"
-        assert script.name in page and figure in page
-        assert (ANALYSES / figure).exists()
+        for stem in OWN.get(script.name, [f"{script.stem.removeprefix('plot_')}-smollm2-135m"]):
+            assert script.name in page and f"figures/{stem}.png" in page
+            assert (ANALYSES / f"figures/{stem}.png").exists()

@@ -13,8 +13,10 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
+from ffnprobe.analyzers.expansion_controls import STATES
 from ffnprobe.cli import main, parse_layers, parse_size
 from ffnprobe.errors import InputError
+from ffnprobe.family import MEMBERS
 
 
 @pytest.fixture
@@ -73,6 +75,19 @@ def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_pa
     assert recorded["settings"]["tokens"] == 1024 and recorded["versions"]["torch"] == torch.__version__
     ranks = pd.read_parquet(out / "tables" / "hidden_rank.parquet")
     assert set(ranks.layer) == {0, 1, 2} and (ranks.soft_rank <= ranks.width).all()
+
+
+@pytest.mark.usefixtures("sketched")
+def test_a_report_on_a_tiny_model_shows_its_family(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, complained = run("report", "tiny-x4", "--tokens", "1024", "--out", "run")
+    assert code == 0, complained
+    names = {"hidden_rank", "memories", "weight_rank", "neuron_clusters", "expansion", "expansion_fits", "recall"}
+    assert {path.stem for path in Path("run/tables").iterdir()} == names
+    family = pd.read_parquet("run/tables/expansion.parquet")
+    assert set(family.model) == set(MEMBERS) and set(family.state) == set(STATES)
+    page = Path("run/report.html").read_text()
+    assert page.count("<img") == len(names) and "over models that differ in the width alone" in page
 
 
 @pytest.mark.usefixtures("sketched")

@@ -146,8 +146,8 @@ class Recall(Result):
                 measured=f"rank correlation and exponent: {measured}",
                 verdict="supported" if rises and grows else "mixed" if rises or grows else "not supported",
                 against="What is bought may be bought by parameters, not by the FFN: attention can hold facts too "
-                "(Allen-Zhu & Li 2024, Nichani et al. 2024). In trained models, editing the neurons of a fact rarely changes the answer (Niu et "
-                "al. 2024).",
+                "(Allen-Zhu & Li 2024, Nichani et al. 2024). In trained models, editing the neurons of a fact "
+                "rarely changes the answer (Niu et al. 2024).",
             )
         ]
 

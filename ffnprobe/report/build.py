@@ -12,6 +12,8 @@ from shlex import quote
 from typing import Any
 
 from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
+from ..analyzers.expansion import Expansion
+from ..analyzers.expansion_fits import ExpansionFits
 from ..analyzers.hidden_rank import HiddenRank, check_documents
 from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
@@ -19,21 +21,26 @@ from ..analyzers.memories import probes as memory_probes
 from ..analyzers.neuron_clusters import NeuronClusters
 from ..analyzers.rank_probes import BUDGET
 from ..analyzers.rank_probes import probes as rank_probes
+from ..analyzers.recall import Recall
 from ..analyzers.weight_rank import WeightRank
 from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
 from ..errors import InputError
 from ..executors import Executor
+from ..family import MEMBERS
 from ..figure import save_figure
 from ..models import context_length, describe, ffns, load_model, tokenizer_of, why_illegible
 from ..result import Result
 from ..run import note, read_run, run
 from ..shards import Work
+from ..shipped import shipped
 from ..statistics import Statistic
 from ..stream import BATCH, SINK_FACTOR, choose_layers
 from .card import NeuronCard
 from .page import About, top_findings, write_page
 
-RESULTS = (HiddenRank, Memories, WeightRank, NeuronClusters)
+# measured beforehand, by the scripts of analyses/: they take more than one model
+FAMILY = {"expansion-tiny": Expansion, "expansion_fits-tiny": ExpansionFits, "recall-planted": Recall}
+RESULTS = (HiddenRank, Memories, WeightRank, NeuronClusters, *FAMILY.values())
 CARDS = 32  # neurons of each layer in the page's browser; the table has them all
 
 
@@ -121,11 +128,12 @@ def build_report(
             analyse().save(Path(out) / "tables" / f"{name}.parquet")
             for done in [of for of in outcome.statistics if of.startswith(f"{name}/")]:
                 del outcome.statistics[done]  # the covariances are by far the most of the memory
+        tables = [*analyses, *add_family(settings.model, Path(out) / "tables")]
         seconds = outcome.seconds + time.perf_counter() - started
         about = about_of(settings, work, out, seconds, read_run(out)["versions"])
         packing = work.tokens.settings
         corpus = {"name": packing["corpus"], "sha256": packing["corpus_sha256"]}
-        made = {"model": about["model"], "corpus": corpus, "packing": packing, "tables": sorted(analyses)}
+        made = {"model": about["model"], "corpus": corpus, "packing": packing, "tables": sorted(tables)}
         note(out, **made, bit_equal=outcome.bit_equal, about=about)
         say("drawing the figures and the page")
         return render_run(out)
@@ -146,6 +154,16 @@ def analyses_of(
     }
     measured = {name.partition("/")[0] for name in work.probes} | {"weight_rank", "neuron_clusters"}
     return {name: analyse for name, analyse in analyses.items() if name in measured}
+
+
+def add_family(model: str, tables: Path) -> list[str]:
+    """Put what was measured of the whole family beside the tables of one of its members; their names."""
+    if model not in MEMBERS:
+        return []
+    for stem, kind in FAMILY.items():
+        measured = shipped(f"expansion/{stem}.parquet", f"the table {stem}", "run the scripts of analyses/")
+        kind.load(measured).save(tables / f"{kind.name}.parquet")
+    return [kind.name for kind in FAMILY.values()]
 
 
 def about_of(
