@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ class Expansion(Result):
 
     def series(self, arm: str, state: str, measure: str) -> dict[int, float]:
         """The measure at each width: the median over layers and seeds."""
-        rows = [row for row in self.rows if (row.arm, row.state) == (arm, state)]
+        rows = self._rows(arm, state)
         widths = sorted({row.d_mlp for row in rows})
         found = {width: [getattr(row, measure) for row in rows if row.d_mlp == width] for width in widths}
         return {width: median(values) for width, values in found.items() if None not in values}
@@ -111,64 +112,62 @@ class Expansion(Result):
             (panels[1], "participation_ratio", "Hard rank"),
         ):
             self._ranks(axes, arm, measure)
-            axes.set(title=f"{title} ({arm})", xlabel="d_mlp (neurons)", ylabel="rank of h (directions)")
+            axes.set_yscale("log", base=2)
+            axes.set(title=f"{title} ({arm})", ylabel="rank of h (directions)")
+        for arm, colour in zip(self.arms, COLOURS, strict=False):
+            for state, mark in ((TRAINED, "o-"), (null_of(arm), "^--")):
+                share = {width: rank / width for width, rank in self.series(arm, state, "soft_rank").items()}
+                self._draw(panels[2], arm, share, mark, color=colour, label=f"{arm}, {state}")
+            self._draw(panels[3], arm, self.series(arm, TRAINED, "loss"), "o-", color=colour, label=arm)
+        panels[2].set(title="Share of the width in use", ylabel="soft rank of h / d_mlp", ylim=(0, 1))
+        panels[3].set(title="Held-out loss", ylabel="loss (nats/token)")
+        for axes in panels:
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("expansion, d_mlp / d_model")
             legend_below(axes)
-        self._utilisation(panels[2])
-        self._loss(panels[3])
         return figure
 
     def _ranks(self, axes: Axes, arm: str, measure: str) -> None:
+        trained = self.series(arm, TRAINED, measure)
+        self._draw(axes, arm, {w: w for w in trained}, "-", color="#CCCCCC", label="ceiling: every neuron its own")
+        layers = [[getattr(row, measure) for row in self._rows(arm, TRAINED) if row.d_mlp == w] for w in trained]
+        x = [self._ratio(arm)[width] for width in trained]
+        band = ([*map(min, layers)], [*map(max, layers)])
+        axes.fill_between(x, *band, color=BLACK, alpha=0.12, linewidth=0, label="all layers")
         shown = {
-            TRAINED: (BLACK, "o-"),
             STEP_0: (ORANGE, "s--"),
             null_of(arm): (GREY, "^--"),
             SUBSET: (BLUE, "v:"),
+            TRAINED: (BLACK, "o-"),
         }
         for state, (colour, mark) in shown.items():
-            if series := self.series(arm, state, measure):
-                axes.plot(list(series), list(series.values()), mark, color=colour, label=state)
-        layers = [
-            [
-                getattr(row, measure)
-                for row in self.rows
-                if (row.arm, row.state, row.d_mlp) == (arm, TRAINED, width)
-            ]
-            for width in self.series(arm, TRAINED, measure)
+            self._draw(axes, arm, self.series(arm, state, measure), mark, color=colour, label=state)
+        if measure == "participation_ratio":
+            closed = self.series(arm, RANDOM, "closed_form")
+            self._draw(axes, arm, closed, ":", color=PURPLE, label="closed form, isotropic x")
+        # 95% over documents, from the half-samples of the median layer
+        spread = [
+            1.96
+            * median(_rms(getattr(row, f"{measure}_halves")) for row in self._rows(arm, TRAINED) if row.d_mlp == w)
+            for w in trained
         ]
-        widths = list(self.series(arm, TRAINED, measure))
-        axes.fill_between(
-            widths,
-            [*map(min, layers)],
-            [*map(max, layers)],
-            color=BLACK,
-            alpha=0.12,
-            linewidth=0,
-            label="all layers",
+        reach = [
+            [rank * (1 - math.exp(-e)), rank * (math.exp(e) - 1)]
+            for rank, e in zip(trained.values(), spread, strict=True)
+        ]
+        axes.errorbar(
+            x, list(trained.values()), [*zip(*reach, strict=True)], fmt="none", color=BLACK, capsize=2, linewidth=1
         )
-        if measure.startswith("participation") and (closed := self.series(arm, RANDOM, "closed_form")):
-            axes.plot(list(closed), list(closed.values()), ":", color=PURPLE, label="closed form, isotropic x")
-        axes.plot(widths, widths, "-", color="#CCCCCC", linewidth=1, label="ceiling: every neuron its own")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
 
-    def _utilisation(self, axes: Axes) -> None:
-        for arm, colour in zip(self.arms, COLOURS, strict=False):
-            for state, line in ((TRAINED, "o-"), (null_of(arm), "^--")):
-                series = self.series(arm, state, "soft_rank")
-                share = [rank / width for width, rank in series.items()]
-                axes.plot(list(series), share, line, color=colour, label=f"{arm}, {state}")
-        axes.set_xscale("log", base=2)
-        axes.set(title="Share of the width in use", xlabel="d_mlp (neurons)", ylabel="soft rank of h / d_mlp")
-        axes.set_ylim(0, 1)
-        legend_below(axes)
+    def _draw(self, axes: Axes, arm: str, series: dict[int, float], mark: str, **style: Any) -> None:
+        if series:
+            axes.plot([self._ratio(arm)[width] for width in series], list(series.values()), mark, **style)
 
-    def _loss(self, axes: Axes) -> None:
-        for arm, colour in zip(self.arms, COLOURS, strict=False):
-            series = self.series(arm, TRAINED, "loss")
-            axes.plot(list(series), list(series.values()), "o-", color=colour, label=arm)
-        axes.set_xscale("log", base=2)
-        axes.set(title="Held-out loss", xlabel="d_mlp (neurons)", ylabel="loss (nats/token)")
-        legend_below(axes)
+    def _rows(self, arm: str, state: str) -> list[Row]:
+        return [row for row in self.rows if (row.arm, row.state) == (arm, state)]
+
+    def _ratio(self, arm: str) -> dict[int, float]:
+        return {row.d_mlp: row.expansion for row in self._rows(arm, TRAINED)}
 
 
 def expansion(
@@ -222,6 +221,10 @@ def expansion(
             model, text = _loaded(load, spec, corpus, tokens, seed)
             rows += [Row(**row) for row in subsets(model, text, spec, narrower, seed, collecting)]
     return Expansion(rows, settings)
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(fmean(value**2 for value in values)) if values else 0.0
 
 
 def null_of(arm: str) -> str:
