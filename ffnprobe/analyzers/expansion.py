@@ -129,7 +129,9 @@ class Expansion(Result):
 
     def _ranks(self, axes: Axes, arm: str, measure: str) -> None:
         trained = self.series(arm, TRAINED, measure)
-        self._draw(axes, arm, {w: w for w in trained}, "-", color="#CCCCCC", label="ceiling: every neuron its own")
+        self._draw(
+            axes, arm, {w: float(w) for w in trained}, "-", color="#CCCCCC", label="ceiling: every neuron its own"
+        )
         layers = [[getattr(row, measure) for row in self._rows(arm, TRAINED) if row.d_mlp == w] for w in trained]
         x = [self._ratio(arm)[width] for width in trained]
         band = ([*map(min, layers)], [*map(max, layers)])

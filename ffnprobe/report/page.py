@@ -85,6 +85,8 @@ def _section(result: Result) -> dict[str, Any]:
     short = len(result.rows) <= LONGEST_TABLE
     columns = []
     for f in fields(result.row_type):
+        if f.type == "list[float]":  # for a data frame too
+            continue
         values = [getattr(row, f.name) for row in result.rows] if short else []
         text = any(isinstance(value, str) for value in values)
         columns.append({**f.metadata, "name": f.name, "text": text, "cells": show_column(values)})
