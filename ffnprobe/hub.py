@@ -57,8 +57,8 @@ BUILT_IN = {
 def locate(spec: str | Path, say: Say = log.info) -> tuple[Path, str | None]:
     """The folder that holds the model, and the name of the .gguf file in it if that is what it is.
 
-    A folder that exists wins over a hub id of the same name. ID@REVISION names a branch, tag, commit or pull request
-    of the hub's, as in EleutherAI/pythia-70m@step1000.
+    A folder that exists wins over a hub id of the same name. ID@REVISION names a branch, tag, commit or pull
+    request of the hub's, as in EleutherAI/pythia-70m@step1000.
     """
     path = Path(spec).expanduser()
     if str(spec) in (*BUILT_IN, *MEMBERS) and not path.is_dir():

@@ -35,7 +35,9 @@ class Row:
     layer: int = column("", "layer")
     d_mlp: int = column("neurons", "width of h")
     expansion: float = column("", "d_mlp / d_model")
-    loss: float | None = column("nats/token", "next-token loss on the same tokens, of trained and step 0")
+    loss: float | None = column(
+        "nats/token", "next-token loss on the same tokens, of trained and step 0; none of an encoder"
+    )
     tokens: int = column("tokens", "ordinary tokens measured: neither sinks nor special")
     sinks: int = column("tokens", "attention sinks, set apart by norm")
     special: int = column("tokens", "special tokens, set apart")
@@ -89,9 +91,10 @@ class Expansion(Result):
                 f"{arm}: {wide / narrow:.3g} times the width multiplies the soft rank of h by "
                 f"{soft[wide] / soft[narrow]:.2f} ({soft[narrow]:.1f} to {soft[wide]:.1f}, median layer) and the "
                 f"hard rank by {hard[wide] / hard[narrow]:.2f} ({hard[narrow]:.1f} to {hard[wide]:.1f}); random "
-                f"features on the same inputs multiply the soft rank by {null[wide] / null[narrow]:.2f}. The loss "
-                f"goes from {loss[narrow]:.3f} to {loss[wide]:.3f} nats a token."
+                f"features on the same inputs multiply the soft rank by {null[wide] / null[narrow]:.2f}."
             )
+            if loss:
+                sentences[-1] += f" The loss goes from {loss[narrow]:.3f} to {loss[wide]:.3f} nats a token."
             subset = self.series(arm, SUBSET, "soft_rank")
             if narrow in subset:
                 sentences.append(
@@ -102,8 +105,9 @@ class Expansion(Result):
 
     @styled
     def plot(self) -> Figure:
+        learnt = any(row.loss is not None for row in self.rows)
         figure, panels = new_figure(
-            4, caption(self.settings, "median layer", "sinks and special tokens set apart")
+            3 + learnt, caption(self.settings, "median layer", "sinks and special tokens set apart")
         )
         arm = self.arms[0]
         for axes, measure, title in (
@@ -114,7 +118,8 @@ class Expansion(Result):
             axes.set(title=f"{title} ({arm})", xlabel="d_mlp (neurons)", ylabel="rank of h (directions)")
             legend_below(axes)
         self._utilisation(panels[2])
-        self._loss(panels[3])
+        if learnt:
+            self._loss(panels[3])
         return figure
 
     def _ranks(self, axes: Axes, arm: str, measure: str) -> None:
