@@ -27,8 +27,8 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="A hub id (gpt2), a folder, a .gguf file, smollm2-135m, or a tiny model that comes with ffnprobe "
-        "(tiny-x4).",
+        help="A hub id (gpt2, or ID@REVISION), a folder, a .gguf file, smollm2-135m, or a tiny model that comes "
+        "with ffnprobe (tiny-x4).",
         show_default=False,
     ),
 ]
@@ -366,7 +366,10 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
 
 def _folder(model: str) -> Path:
     path = Path(model)
-    return Path("runs") / (path.resolve() if path.exists() else path).name
+    if path.exists():
+        return Path("runs") / path.resolve().name
+    name, at, revision = model.partition("@")
+    return Path("runs") / (Path(name).name + at + revision.replace("/", "-"))
 
 
 def parse_size(text: str) -> int:

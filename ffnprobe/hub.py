@@ -57,7 +57,8 @@ BUILT_IN = {
 def locate(spec: str | Path, say: Say = log.info) -> tuple[Path, str | None]:
     """The folder that holds the model, and the name of the .gguf file in it if that is what it is.
 
-    A folder that exists wins over a hub id of the same name.
+    A folder that exists wins over a hub id of the same name. ID@REVISION names a branch, tag, commit or pull
+    request of the hub's, as in EleutherAI/pythia-70m@step1000.
     """
     path = Path(spec).expanduser()
     if str(spec) in (*BUILT_IN, *MEMBERS) and not path.is_dir():
@@ -72,7 +73,7 @@ def locate(spec: str | Path, say: Say = log.info) -> tuple[Path, str | None]:
         raise InputError(f"{spec} is a file, but not a .gguf: give the folder that holds config.json")
     if path.is_dir():
         return _checked_folder(path), None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec)) or str(spec).startswith("."):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", str(spec)) or str(spec).startswith("."):
         raise InputError(f"no such folder, and not a hub id: {spec}: {REMEDY}")
     return _checked_folder(_download(str(spec), say)), None
 
@@ -90,12 +91,19 @@ def _checked_folder(folder: Path) -> Path:
 def _download(name: str, say: Say) -> Path:
     """The hub's files of a model, without pickles, code or copies of the weights in other formats."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     say(f"looking for {name} on the Hugging Face hub")
+    repository, _, revision = name.partition("@")
     try:
         folder = snapshot_download(
-            name,
+            repository,
+            revision=revision or None,
             allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "*.jinja"],
             ignore_patterns=["*/*", "consolidated*", "*.fp16.*", "*.bf16.*"],
             etag_timeout=10,
@@ -103,11 +111,18 @@ def _download(name: str, say: Say) -> Path:
     except GatedRepoError as error:
         raise InputError(f"{name} is gated: accept its licence on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"the hub has no model {name}: check the spelling, or {REMEDY}") from error
+        raise InputError(f"the hub has no model {repository}: check the spelling, or {REMEDY}") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{repository} has no revision {revision} on the hub: check the spelling") from error
     except LocalEntryNotFoundError as error:
         raise MachineError(f"the hub cannot be reached and {name} is not cached here: {REMEDY}") from error
     except OSError as error:
         raise MachineError(f"{name} could not be downloaded ({error}): try again, or {REMEDY}") from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise InputError(
+            f"{name} has no .safetensors on the hub, and nothing else is read: give a revision that has them, as "
+            f"in {repository}@refs/pr/1, or convert it with save_pretrained"
+        )
     return Path(folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
@@ -378,14 +378,19 @@ def test_a_place_where_nothing_is(spec: str, reason: str):
         (
             LocalEntryNotFoundError("no"),
             MachineError,
-            "cannot be reached and a/b is not cached here: give a local",
+            "cannot be reached and a/b@refs/pr/1 is not cached here: give a local",
         ),
         (
             RepositoryNotFoundError.__new__(RepositoryNotFoundError, "no"),
             InputError,
             "the hub has no model a/b: check the",
         ),
-        (OSError("full"), MachineError, "a/b could not be downloaded"),
+        (
+            RevisionNotFoundError.__new__(RevisionNotFoundError, "no"),
+            InputError,
+            "a/b has no revision refs/pr/1 on the hub",
+        ),
+        (OSError("full"), MachineError, "a/b@refs/pr/1 could not be downloaded"),
     ],
 )
 def test_the_hub_s_answers_are_told_apart(
@@ -396,7 +401,19 @@ def test_the_hub_s_answers_are_told_apart(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
     with pytest.raises(kind, match=reason):
-        load_model("a/b")
+        load_model("a/b@refs/pr/1")
+
+
+def test_a_revision_is_asked_for_by_its_name(own: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, revision, **_: asked.append((name, revision)) or own
+    )
+    assert [hub.locate(spec) for spec in ("a/b@step1000", "a/b")] == [(own, None)] * 2
+    assert asked == [("a/b", "step1000"), ("a/b", None)]
+    (own / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"a/b has no \.safetensors on the hub.* as in a/b@refs/pr/1"):
+        hub.locate("a/b")
 
 
 # the vocabulary

@@ -36,7 +36,9 @@ class Row:
     layer: int = column("", "layer")
     d_mlp: int = column("neurons", "width of h")
     expansion: float = column("", "d_mlp / d_model")
-    loss: float | None = column("nats/token", "next-token loss on the same tokens, of trained and step 0")
+    loss: float | None = column(
+        "nats/token", "next-token loss on the same tokens, of trained and step 0; none of an encoder"
+    )
     tokens: int = column("tokens", "ordinary tokens measured: neither sinks nor special")
     sinks: int = column("tokens", "attention sinks, set apart by norm")
     special: int = column("tokens", "special tokens, set apart")
@@ -90,9 +92,10 @@ class Expansion(Result):
                 f"{arm}: {wide / narrow:.3g} times the width multiplies the soft rank of h by "
                 f"{soft[wide] / soft[narrow]:.2f} ({soft[narrow]:.1f} to {soft[wide]:.1f}, median layer) and the "
                 f"hard rank by {hard[wide] / hard[narrow]:.2f} ({hard[narrow]:.1f} to {hard[wide]:.1f}); random "
-                f"features on the same inputs multiply the soft rank by {null[wide] / null[narrow]:.2f}. The loss "
-                f"goes from {loss[narrow]:.3f} to {loss[wide]:.3f} nats a token."
+                f"features on the same inputs multiply the soft rank by {null[wide] / null[narrow]:.2f}."
             )
+            if loss:
+                sentences[-1] += f" The loss goes from {loss[narrow]:.3f} to {loss[wide]:.3f} nats a token."
             subset = self.series(arm, SUBSET, "soft_rank")
             if narrow in subset:
                 sentences.append(
@@ -103,8 +106,9 @@ class Expansion(Result):
 
     @styled
     def plot(self) -> Figure:
+        learnt = any(row.loss is not None for row in self.rows)
         figure, panels = new_figure(
-            4, caption(self.settings, "median layer", "sinks and special tokens set apart")
+            3 + learnt, caption(self.settings, "median layer", "sinks and special tokens set apart")
         )
         arm = self.arms[0]
         for axes, measure, title in (
@@ -118,9 +122,11 @@ class Expansion(Result):
             for state, mark in ((TRAINED, "o-"), (null_of(arm), "^--")):
                 share = {width: rank / width for width, rank in self.series(arm, state, "soft_rank").items()}
                 self._draw(panels[2], arm, share, mark, color=colour, label=f"{arm}, {state}")
-            self._draw(panels[3], arm, self.series(arm, TRAINED, "loss"), "o-", color=colour, label=arm)
+            if learnt:
+                self._draw(panels[3], arm, self.series(arm, TRAINED, "loss"), "o-", color=colour, label=arm)
         panels[2].set(title="Share of the width in use", ylabel="soft rank of h / d_mlp", ylim=(0, 1))
-        panels[3].set(title="Held-out loss", ylabel="loss (nats/token)")
+        if learnt:
+            panels[3].set(title="Held-out loss", ylabel="loss (nats/token)")
         for axes in panels:
             axes.set_xscale("log", base=2)
             axes.set_xlabel("expansion, d_mlp / d_model")

@@ -62,22 +62,39 @@ def controlled(
     found: Mapping[str, Any] = collect(model, tokens, probes, **collecting)
     loss = next_token_loss(model, tokens)
     for ffn in layers:
-        facts = _facts(ffn, spec, found)
-        blocks = [found[f"{ffn.layer}/{i}"] for i in range(BLOCKS)]
-        whole, null = _merged(blocks), found[f"{ffn.layer}/null"]
-        covariance, random = whole.compute(), null.compute()
-        measured = _ranks(sp.eigenvalues(covariance.centred), whole)
-        everything = sp.eigenvalues(_merged([whole, found[f"{ffn.layer}/dropped"]]).compute().centred)
-        unmasked: Line = {
-            "soft_rank_unmasked": sp.soft_rank(everything),
-            "participation_ratio_unmasked": sp.participation_ratio(everything),
-        }
-        halves = _half_samples(blocks, measured)
-        yield ONLY_TRAINED | facts | {"state": TRAINED, "loss": loss} | measured | unmasked | halves
-        closed = None if ffn.gated else _closed_form(ffn, found[f"{ffn.layer}/in"])
-        plainly = _ranks(sp.eigenvalues(random.centred), null)
-        yield ONLY_TRAINED | facts | {"state": RANDOM, "closed_form": closed} | plainly
-        yield ONLY_TRAINED | facts | {"state": MATCHED} | _ranks(random.scaled(covariance.variance))
+        names = [*map(str, range(BLOCKS)), "dropped", "in", "null"]
+        *blocks, dropped, x, null = (found[f"{ffn.layer}/{name}"] for name in names)
+        facts = _facts(ffn, spec, found) | {"loss": loss}
+        yield from layer_lines(ffn, facts, blocks, dropped=dropped, x=x, null=null)
+
+
+def layer_lines(
+    ffn: FFN, facts: Line, blocks: Sequence[Moments], *, dropped: Moments, x: Moments, null: Moments
+) -> Iterator[Line]:
+    """A trained layer, and random features on its own inputs: three lines.
+
+    Args:
+        facts: the columns that are not measured here.
+        blocks: of h, by blocks of documents.
+        dropped: of h of the tokens that were set apart.
+        x: of the inputs.
+        null: of the random features.
+    """
+    whole = _merged(blocks)
+    covariance, random = whole.compute(), null.compute()
+    measured = _ranks(sp.eigenvalues(covariance.centred), whole)
+    everything = sp.eigenvalues(_merged([whole, dropped]).compute().centred)
+    unmasked: Line = {
+        "soft_rank_unmasked": sp.soft_rank(everything),
+        "participation_ratio_unmasked": sp.participation_ratio(everything),
+    }
+    halves = _half_samples(blocks, measured)
+    yield ONLY_TRAINED | facts | {"state": TRAINED} | measured | unmasked | halves
+    facts = facts | {"loss": None}
+    closed = None if ffn.gated else _closed_form(ffn, x)
+    plainly = _ranks(sp.eigenvalues(random.centred), null)
+    yield ONLY_TRAINED | facts | {"state": RANDOM, "closed_form": closed} | plainly
+    yield ONLY_TRAINED | facts | {"state": MATCHED} | _ranks(random.scaled(covariance.variance))
 
 
 def untrained(model: Model, tokens: Tokens, spec: str | Path, collecting: Mapping[str, Any]) -> Iterator[Line]:

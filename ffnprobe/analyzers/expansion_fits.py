@@ -116,8 +116,9 @@ class ExpansionFits(Result):
     def verdicts(self) -> list[Verdict]:
         verdicts = []
         for arm in self.arms:
-            soft, loss = self.get(arm, TRAINED, SOFT), self.get(arm, TRAINED, "loss")
-            if (n := soft.widths) < FEWEST_WIDTHS:
+            known = {row.measure: row for row in self.rows if (row.arm, row.state) == (arm, TRAINED)}
+            soft, loss = known[SOFT], known.get("loss")
+            if (n := soft.widths) < FEWEST_WIDTHS or loss is None:
                 continue
             above = n - len(soft.below_null)
             grows, learnt = soft.resampled_low > 0 and loss.high < 0, beyond(above, n)
