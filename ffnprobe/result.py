@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -83,7 +84,10 @@ class Result:
         if about.get("result") != cls.name:
             found = about.get("result", "no result")
             raise InputError(f"{path} holds {found!r}, not {cls.name!r}: give {cls.name}.parquet")
-        rows = tuple(cls.row_type(**line) for line in table.to_pylist())
+        # parquet has one word for a gap and for what is not a number
+        nan = {f.name: math.nan for f in fields(cls.row_type) if f.type == "float"}
+        lines = ({**line, **{name: nan[name] for name in nan if line[name] is None}} for line in table.to_pylist())
+        rows = tuple(cls.row_type(**line) for line in lines)
         return cls(rows=rows, settings=json.loads(about["settings"]))
 
     def findings(self) -> list[str]:

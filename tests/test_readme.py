@@ -14,7 +14,7 @@ def example() -> str:
 
 def test_the_example_runs_on_a_tiny_model(folder_of, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = example().replace('"smollm2-135m"', repr(str(folder_of("llama")))).replace("11", "1")
+    code = example().replace("[11]", "[1]").replace('"smollm2-135m"', repr(str(folder_of("llama"))))
     exec(compile(code.replace("[42]", "[2]"), "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "Expansion by 3 multiplies the soft rank" in printed and "silu 3.0" in printed

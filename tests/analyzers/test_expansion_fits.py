@@ -130,6 +130,13 @@ def test_few_widths_get_their_exponents_but_no_rule():
         expansion_fits(Expansion([r for r in measured.rows if r.d_mlp == 64], measured.settings))
 
 
+def test_what_is_not_a_number_comes_back_from_disk_as_it_is(tmp_path):
+    measured = planted(power(0.7), power(0.3), power(0.5), power(0.4))
+    few = expansion_fits(Expansion([r for r in measured.rows if r.d_mlp < 256], measured.settings))
+    again = ExpansionFits.load(few.save(tmp_path / "t.parquet"))
+    assert math.isnan(again.rows[0].low) and math.isnan(again.rows[0].above) and again.findings() == few.findings()
+
+
 def test_every_exponent_is_said_with_its_interval_null_and_n():
     first, second, *_ = expansion_fits(planted(power(0.7), power(0.3), power(0.5), power(0.4))).findings()
     for sentence in (first, second):
