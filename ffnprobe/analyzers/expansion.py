@@ -37,7 +37,7 @@ class Row:
     d_mlp: int = column("neurons", "width of h")
     expansion: float = column("", "d_mlp / d_model")
     loss: float | None = column(
-        "nats/token", "next-token loss on the same tokens, of trained and step 0; none of an encoder"
+        "nats/token", "next-token loss in the same documents, of trained and step 0; none of an encoder"
     )
     tokens: int = column("tokens", "ordinary tokens measured: neither sinks nor special")
     sinks: int = column("tokens", "attention sinks, set apart by norm")
@@ -200,7 +200,7 @@ def expansion(
     Args:
         specs: what `load_model` takes; a folder that holds a `training.json` is of our family.
         corpus: text that no model was trained on.
-        tokens: of the corpus, at most 64 of a document.
+        tokens: of the corpus, at most 64 of a document; for the loss four times as many, at most 256 of each.
         seed: of the sample, the random features and the subsets.
         load: called with each spec.
         collecting: passed to `collect` (batch, sink_factor).
@@ -215,18 +215,18 @@ def expansion(
     widest: dict[str, tuple[int, str | Path]] = {}
     for spec in specs:
         say(f"measuring {spec}")
-        model, text = _loaded(load, spec, corpus, tokens, seed)
+        model, text, longer = _loaded(load, spec, corpus, tokens, seed)
         settings = settings or settings_of(model, text, seed, **collecting) | {
             "model": ", ".join(Path(spec).name for spec in specs)
         }
-        rows += [Row(**row) for row in controlled(model, text, spec, seed, collecting)]
-        rows += [Row(**row) for row in untrained(model, text, spec, collecting)]
+        rows += [Row(**row) for row in controlled(model, text, longer, spec, seed, collecting)]
+        rows += [Row(**row) for row in untrained(model, text, longer, spec, collecting)]
         here = (rows[-1].d_mlp, spec)
         widest[rows[-1].arm] = max(widest.get(rows[-1].arm, here), here, key=lambda pair: pair[0])
     for arm, (d_mlp, spec) in widest.items():
         if narrower := sorted({row.d_mlp for row in rows if row.arm == arm} - {d_mlp}):
             say(f"drawing neurons of {spec}")
-            model, text = _loaded(load, spec, corpus, tokens, seed)
+            model, text, _ = _loaded(load, spec, corpus, tokens, seed)
             rows += [Row(**row) for row in subsets(model, text, spec, narrower, seed, collecting)]
     return Expansion(rows, settings)
 
@@ -242,10 +242,12 @@ def null_of(arm: str) -> str:
 
 def _loaded(
     load: Callable[..., Model], spec: str | Path, corpus: Corpus, n: int, seed: int
-) -> tuple[Model, Tokens]:
+) -> tuple[Model, Tokens, Tokens]:
+    """The model, tokens for its ranks, and more of each document for its loss."""
     model = load(spec)
     length = min(LENGTH, context_length(model))
     tokens = pack(corpus, tokenizer_of(model), tokens=n, length=length, seed=seed)
     if tokens.n_documents < 2 * BLOCKS:
         raise InputError(f"got {tokens.n_documents} documents: half-samples need {2 * BLOCKS}; give more tokens")
-    return model, tokens
+    longer = pack(corpus, tokenizer_of(model), tokens=4 * n, length=length, per_document=length, seed=seed)
+    return model, tokens, longer

@@ -49,7 +49,7 @@ ONLY_TRAINED: Line = {
 
 
 def controlled(
-    model: Model, tokens: Tokens, spec: str | Path, seed: int, collecting: Mapping[str, Any]
+    model: Model, tokens: Tokens, longer: Tokens, spec: str | Path, seed: int, collecting: Mapping[str, Any]
 ) -> Iterator[Line]:
     """The trained model, and random features on its own inputs: three lines a layer."""
     layers = ffns(model)
@@ -60,7 +60,7 @@ def controlled(
         probes[f"{ffn.layer}/in"] = Probe(ffn.layer, "in", Moments.about)
         probes[f"{ffn.layer}/null"] = Probe(ffn.layer, "in", Moments.about, of=features)
     found: Mapping[str, Any] = collect(model, tokens, probes, **collecting)
-    loss = next_token_loss(model, tokens)
+    loss = next_token_loss(model, longer)
     for ffn in layers:
         names = [*map(str, range(BLOCKS)), "dropped", "in", "null"]
         *blocks, dropped, x, null = (found[f"{ffn.layer}/{name}"] for name in names)
@@ -97,7 +97,9 @@ def layer_lines(
     yield ONLY_TRAINED | facts | {"state": MATCHED} | _ranks(random.scaled(covariance.variance))
 
 
-def untrained(model: Model, tokens: Tokens, spec: str | Path, collecting: Mapping[str, Any]) -> Iterator[Line]:
+def untrained(
+    model: Model, tokens: Tokens, longer: Tokens, spec: str | Path, collecting: Mapping[str, Any]
+) -> Iterator[Line]:
     """The model before training, if it is one of ours: a line a layer."""
     training = _training(spec)
     if training is None:
@@ -111,7 +113,7 @@ def untrained(model: Model, tokens: Tokens, spec: str | Path, collecting: Mappin
     for ffn in ffns(start):
         probes |= _hidden(ffn, 1)
     found: Mapping[str, Any] = collect(start, tokens, probes, **collecting)
-    loss = next_token_loss(start, tokens)
+    loss = next_token_loss(start, longer)
     for ffn in ffns(start):
         moments = found[f"{ffn.layer}/0"]
         measured = _ranks(sp.eigenvalues(moments.compute().centred), moments)

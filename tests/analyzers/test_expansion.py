@@ -91,7 +91,8 @@ def test_step_0_is_the_untrained_model(measured, family, corpus, tmp_path):
     spectrum = sp.eigenvalues(torch.cov(hidden(model, tokens, 2).T, correction=0))
     (row,) = rows_of(measured, STEP_0, "tiny-x2", 2)
     assert row.soft_rank == pytest.approx(sp.soft_rank(spectrum), rel=1e-4)
-    assert row.loss == pytest.approx(next_token_loss(model, tokens))
+    longer = pack(corpus, tokenizer_of(model), tokens=4 * TOKENS, per_document=256)
+    assert row.loss == pytest.approx(next_token_loss(model, longer))
     assert row.loss != rows_of(measured, TRAINED, "tiny-x2", 2)[0].loss
 
 
