@@ -95,14 +95,14 @@ def _saturating(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     is constant, to far above, where it is proportional to D.
     """
 
-    def off(knee: float) -> np.ndarray:
-        return y + np.log1p(np.exp(knee - x))
+    def off(knee: np.ndarray | float) -> np.ndarray:
+        return y + np.log1p(np.exp(np.asarray(knee)[..., None] - x))
 
-    def squares(knee: float) -> float:
-        return float(((of := off(knee)) - of.mean()) @ (of - of.mean()))
+    def squares(knee: np.ndarray | float) -> np.ndarray:
+        return off(knee).var(axis=-1) * len(x)
 
     grid = np.linspace(x.min() - 12, x.max() + 12, 200)
-    best = grid[np.argmin([squares(knee) for knee in grid])]
+    best = grid[squares(grid).argmin()]
     step = grid[1] - grid[0]
     found = minimize_scalar(squares, bounds=(best - step, best + step), method="bounded", options={"xatol": 1e-10})
     height = float(off(found.x).mean())  # ln of the ceiling
