@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -98,7 +99,7 @@ def _saturating(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     def off(knee: np.ndarray | float) -> np.ndarray:
         return y + np.log1p(np.exp(np.asarray(knee)[..., None] - x))
 
-    def squares(knee: np.ndarray | float) -> np.ndarray:
+    def squares(knee: np.ndarray | float) -> Any:
         return off(knee).var(axis=-1) * len(x)
 
     grid = np.linspace(x.min() - 12, x.max() + 12, 200)
