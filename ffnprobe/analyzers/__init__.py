@@ -14,5 +14,7 @@ from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
 from .recall import Recall as Recall
 from .recall import recall as recall
+from .svd_directions import SVDDirections as SVDDirections
+from .svd_directions import svd_directions as svd_directions
 from .weight_rank import WeightRank as WeightRank
 from .weight_rank import weight_rank as weight_rank
