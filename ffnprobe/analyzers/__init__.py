@@ -8,6 +8,9 @@ from .hidden_rank import HiddenRank as HiddenRank
 from .hidden_rank import hidden_rank as hidden_rank
 from .memories import Memories as Memories
 from .memories import memories as memories
+from .memory_edit import Edit as Edit
+from .memory_edit import MemoryEdit as MemoryEdit
+from .memory_edit import memory_edit as memory_edit
 from .nested import Nested as Nested
 from .nested import nested as nested
 from .neuron_clusters import NeuronClusters as NeuronClusters
