@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from ..corpus import Tokens
 from ..errors import InputError, ModelRefused
 from ..figure import BLACK, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..forward import forward
-from ..models import Model, Tap, context_length, describe, ffns, plain, tokenizer_of
-from ..placement import input_device
+from ..models import Model, context_length, describe, ffns, tokenizer_of
 from ..result import Result, column
 from ..statistics import Moments
 from ..stream import Probe, choose_layers, collect, settings_of
+from .writing import Logits, associate, document_losses, logits_of, next_token, wanted
 
 ARMS = {"edit": ("o-", BLACK), "identity C": ("s--", ORANGE), "random key": ("^:", GREY)}
-STEP = 0.1  # of a gradient step, in norms of what the layer leaves in the residual stream
 
 _ALL = ("kept", "sink", "special")  # the edit has to spare them all
-Logits = Callable[[Int[Tensor, "s l"]], Float[Tensor, "s l d_vocab"]]
 
 
 @dataclass(frozen=True)
@@ -163,11 +155,12 @@ def memory_edit(
     wishes = [_wish(edit, model, tokens) for edit in edits]
     half = len(tokens.ids) // 2
     seen, unrelated = _sequences(tokens, slice(half)), _sequences(tokens, slice(half, None))
-    if not (seen.n and (apart := ~torch.isin(unrelated.document, seen.document)).any()):
+    apart = ~torch.isin(unrelated.document, seen.document)
+    if not seen.n or len(unrelated.document[apart].unique()) < 2:
         raise InputError(f"{tokens.n_documents} documents in {len(tokens.ids)} sequences: give more text")
     probes = {str(tap.layer): Probe(tap.layer, "post", Moments.about, kinds=_ALL) for tap in chosen}
     moments = collect(model, seen, probes, **collecting)
-    before = document_losses(_logits(model), unrelated, apart)
+    before = document_losses(logits_of(model), unrelated, apart)
     of_layer = {ffn.layer: ffn for ffn in ffns(model)}
     rows = []
     for tap in chosen:
@@ -178,13 +171,13 @@ def memory_edit(
         values = ffn.canonical().values.cpu()
         random = torch.Generator().manual_seed(1_000_003 * seed + tap.layer)
         for wish in wishes:
-            hidden, change = wanted(model, tap, wish, goal, steps)
+            hidden, change = wanted(model, tap, wish.asked[0].ids, wish.position, wish.target, goal, steps)
             key = hidden * gauge
             other = torch.randn(len(key), generator=random, dtype=key.dtype)
             arms = {"edit": (key, C), "identity C": (key, torch.eye(len(C)).to(C))}
             for arm, (k, moment) in (arms | {"random key": (other * key.norm() / other.norm(), C)}).items():
                 edited = associate(values, k, k @ values + change, moment)
-                after = _logits(model, tap, edited * gauge[:, None])
+                after = logits_of(model, tap, edited * gauge[:, None])
                 worse = document_losses(after, unrelated, apart) - before
                 rows += [
                     Row(
@@ -194,7 +187,7 @@ def memory_edit(
                         target=wish.text,
                         asked=question.text,
                         paraphrase=question is not wish.asked[0],
-                        **_answers(_logits(model), after, question.ids, wish.target),
+                        **_answers(logits_of(model), after, question.ids, wish.target),
                         change=float((edited - values).norm() / values.norm()),
                         loss_change=float(worse.mean()),
                         loss_change_se=float(worse.std() / len(worse) ** 0.5),
@@ -205,42 +198,6 @@ def memory_edit(
     settings = settings_of(model, tokens, seed, **collecting)
     settings |= {"edits": len(edits), "ridge": ridge, "goal": goal, "steps": steps, "weights": "raw"}
     return MemoryEdit(rows, settings)
-
-
-def associate(
-    values: Float[Tensor, "d_mlp d_model"],
-    key: Float[Tensor, " d_mlp"],
-    value: Float[Tensor, " d_model"],
-    second_moment: Float[Tensor, "d_mlp d_mlp"],
-) -> Float[Tensor, "d_mlp d_model"]:
-    """The values that answer `key` with `value` and change least what other keys are answered with.
-
-    V + C^-1 k (v - V'k)' / (k' C^-1 k), the least E |h' dV|² under k' (V + dV) = v (Meng et al. 2022).
-
-    >>> associate(torch.eye(2), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0]), torch.eye(2))
-    tensor([[0., 3.],
-            [0., 1.]])
-    """
-    direction = torch.linalg.solve(second_moment, key)
-    return values + torch.outer(direction / (direction @ key), value - key @ values)
-
-
-@torch.no_grad()
-def document_losses(
-    logits: Logits, tokens: Tokens, counted: Bool[Tensor, "s l"], batch: int = 2
-) -> Float[Tensor, " documents"]:
-    """The mean loss of each document in nats a token, over tokens that are counted and not special."""
-    same = tokens.document[:, 1:] == tokens.document[:, :-1]
-    use = same & counted[:, 1:] & ~tokens.special[:, 1:]
-    loss = torch.cat(
-        [
-            F.cross_entropy(rearrange(logits(ids)[:, :-1].float(), "s l v -> s v l"), ids[:, 1:], reduction="none")
-            for ids in tokens.ids.split(batch)
-        ]
-    )
-    _, document = tokens.document[:, 1:][use].unique(return_inverse=True)
-    n = document.bincount()
-    return torch.zeros(len(n), dtype=torch.float64).index_add_(0, document, loss[use].double()) / n
 
 
 class _Question(NamedTuple):
@@ -281,64 +238,10 @@ def _wish(edit: Edit, model: Model, tokens: Tokens) -> _Wish:
     return _Wish(asked, edit.target, target[0], len(lead) + edit.position % n)
 
 
-def wanted(
-    model: Model, tap: Tap, wish: _Wish, goal: float, steps: int
-) -> tuple[Float[Tensor, " d_mlp"], Float[Tensor, " d_model"]]:
-    """The hidden activation at the wish's position, and what to add to the layer's output there.
-
-    Steps down the gradient of -log p(target), a tenth of the residual stream behind the layer each, end at `goal`.
-    """
-    twin, (_, ids) = plain(model), wish.asked[0]
-    found: dict[str, Tensor] = {}
-    forward(model, ids, [tap], lambda _, read: found.update(read))
-    out = found["out"][wish.position].float()
-    step = STEP * (found["residual"][wish.position] + out).norm()
-    change = torch.zeros_like(out)
-    here = (torch.arange(ids.numel()) == wish.position)[:, None].to(change)
-
-    def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + (here * change).to(output).view_as(output)
-
-    handle = tap.down.register_forward_hook(add)
-    try:
-        for _ in range(steps):
-            change.requires_grad_()
-            loss = -_next(twin(input_ids=ids.to(input_device(twin)), use_cache=False).logits)[wish.target]
-            if loss <= -math.log(goal):
-                break
-            (gradient,) = torch.autograd.grad(loss, change)
-            # where the gradient is 0, as beside the last position of the last layer, nothing can be done
-            change = change.detach() - step * gradient / gradient.norm().clamp(min=1e-30)
-    finally:
-        handle.remove()
-    return found["post"][wish.position].cpu().double(), change.detach().cpu().double()
-
-
-def _logits(model: Model, tap: Tap | None = None, values: Float[Tensor, "d_mlp d_model"] | None = None) -> Logits:
-    """What the model says, with these values in place of a layer's own; the model itself is not touched."""
-    twin, weights = plain(model), {}
-    if tap is not None and values is not None:
-        own: Any = tap.down.weight
-        name = next(name for name, weight in twin.named_parameters() if weight is own)
-        weights[name] = (values if isinstance(tap.down, Conv1D) else values.T).to(own)
-
-    def read(ids: Int[Tensor, "s l"]) -> Float[Tensor, "s l d_vocab"]:
-        with torch.no_grad():
-            arguments = {"input_ids": ids.to(input_device(twin)), "use_cache": False}
-            return functional_call(twin, weights, (), arguments).logits.cpu()
-
-    return read
-
-
-def _next(logits: Float[Tensor, "1 l d_vocab"]) -> Float[Tensor, " d_vocab"]:
-    """Log-probabilities of what follows the last token."""
-    return logits[0, -1].float().log_softmax(0)
-
-
 def _answers(before: Logits, after: Logits, ids: Int[Tensor, "1 l"], target: int) -> dict[str, Any]:
     answers = {}
     for suffix, logits in (("_before", before), ("", after)):
-        found = _next(logits(ids))
+        found = next_token(logits(ids))
         answers["probability" + suffix] = float(found[target].exp())
         answers["rank" + suffix] = 1 + int((found > found[target]).sum())
     return answers

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ffnprobe import Edit, load_corpus, load_model, memory_edit, pack
-from ffnprobe.analyzers.memory_edit import ARMS, MemoryEdit, _logits, associate, document_losses
+from ffnprobe.analyzers.memory_edit import ARMS, MemoryEdit
+from ffnprobe.analyzers.writing import associate, document_losses, logits_of
 from ffnprobe.corpus import Tokens
 from ffnprobe.errors import InputError, ModelRefused
 from ffnprobe.models import ffns, plain, taps, tokenizer_of
@@ -62,16 +63,16 @@ def test_the_edited_model_is_the_model_with_that_matrix(architecture, model_of, 
     ids = torch.arange(1, 19).view(2, 9)
     with torch.no_grad():
         wanted, own = plain(planted(architecture, put))(ids).logits, plain(model)(ids).logits
-    assert torch.allclose(_logits(model, tap, values)(ids), wanted, atol=1e-5)
-    assert torch.equal(_logits(model)(ids), own) and not torch.allclose(wanted, own, atol=0.1)
+    assert torch.allclose(logits_of(model, tap, values)(ids), wanted, atol=1e-5)
+    assert torch.equal(logits_of(model)(ids), own) and not torch.allclose(wanted, own, atol=0.1)
 
 
 def test_losses_are_a_slow_loop_over_documents(gpt2, tokens):
     text = tokens(gpt2, sequences=3, document=20)  # some go over the end of a sequence
     text.special[:, 30] = True  # in the middle of a document
     counted = text.document != 2
-    found = document_losses(_logits(gpt2), text, counted)
-    logits, slow = _logits(gpt2)(text.ids), {}
+    found = document_losses(logits_of(gpt2), text, counted)
+    logits, slow = logits_of(gpt2)(text.ids), {}
     for s, i in torch.cartesian_prod(torch.arange(3), torch.arange(1, 64)).tolist():
         document = int(text.document[s, i])
         if document == text.document[s, i - 1] and not text.special[s, i] and document != 2:
