@@ -141,6 +141,7 @@ def svd_directions(
 
     Raises:
         InputError: a layer or a view that is not there, or a count below 1.
+        ModelRefused: with `folded`, more than a norm lies between the last block and the unembedding.
     """
     if min(directions, readings) < 1:
         raise InputError(f"got directions={directions}, readings={readings}: give at least 1 of each")
