@@ -103,10 +103,8 @@ class SVDDirections(Result):
         depth.axhline(null.kurtosis_high, color=GREY, linestyle=":", label="95% of them are below")
         overlap.axhline(null.overlap_null, color=GREY, linestyle="--", label="random directions")
         legible.set(title="Legible directions", ylabel="share above 95% of random ones", ylim=(0, 1.02))
-        depth.set(title="Legibility by strength", ylabel="kurtosis over the vocabulary (median layer)")
+        depth.set(title="Legibility by strength", ylabel="kurtosis of logits (median layer)")
         depth.set_xlabel("singular direction, strongest first")
-        depth.set_yscale("log", base=2)
-        depth.yaxis.set_major_formatter("{x:g}")
         overlap.set(title="Shared with the values", ylabel="mean squared cosine", ylim=(0, None))
         for axes in (legible, overlap):
             axes.set_xlabel("layer")
