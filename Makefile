@@ -19,7 +19,7 @@ report: $(VENV)/ready
 	$(BIN)/ffnprobe report $$model $(if $(RUN),--out '$(RUN)')
 
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-slow: $(VENV)/ready
 	$(BIN)/pytest -m slow
@@ -29,8 +29,8 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the family and planted facts bring their own models
-FAMILY = analyses/plot_expansion.py analyses/plot_recall.py
+# the family, planted facts and edits bring their own models
+FAMILY = analyses/plot_expansion.py analyses/plot_recall.py analyses/plot_memory_edit.py
 
 gallery: $(VENV)/ready
 	for script in $(filter-out $(FAMILY),$(wildcard analyses/plot_*.py)); do $(BIN)/python $$script $(MODEL) || exit 1; done

@@ -10,9 +10,9 @@ from ffnprobe.figure import save_figure
 from ffnprobe.models import Model, context_length, tokenizer_of
 
 
-def arguments(description: str | None) -> Namespace:
+def arguments(description: str | None, model: str = "smollm2-135m") -> Namespace:
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("model", nargs="?", default=model)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--layers", type=parse_layers)
     parser.add_argument("--corpus")

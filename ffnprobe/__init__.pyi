@@ -1,10 +1,13 @@
+from .analyzers import Edit as Edit
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
 from .analyzers import hidden_rank as hidden_rank
 from .analyzers import memories as memories
+from .analyzers import memory_edit as memory_edit
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
 from .analyzers import recall as recall
+from .analyzers import svd_directions as svd_directions
 from .analyzers import weight_rank as weight_rank
 from .corpus import load_corpus as load_corpus
 from .corpus import load_dataset_corpus as load_dataset_corpus

@@ -10,7 +10,11 @@ from ffnprobe.errors import InputError
 
 ANALYSES = Path(__file__).parents[1] / "analyses"
 SCRIPTS = sorted(ANALYSES.glob("plot_*.py"))
-OWN = {"plot_recall.py": ["recall-planted"], "plot_expansion.py": ["expansion-tiny", "expansion_fits-tiny"]}
+OWN = {
+    "plot_recall.py": ["recall-planted"],
+    "plot_expansion.py": ["expansion-tiny", "expansion_fits-tiny"],
+    "plot_memory_edit.py": ["memory_edit-tiny-x4"],
+}
 
 
 @pytest.fixture
@@ -42,6 +46,13 @@ def test_the_family_is_drawn_from_two_models_and_a_corpus(run, tmp_path, capsys)
     kinds = ("png", "svg", "parquet")
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for stem in stems for kind in kinds}
     assert "8 times the width multiplies the soft rank" in capsys.readouterr().out
+
+
+def test_edits_are_drawn_on_a_tiny_model(run, tmp_path, capsys):
+    run(ANALYSES / "plot_memory_edit.py", "--layers", "1", "--tokens", "1024", "--out", str(tmp_path))
+    (stem,) = OWN["plot_memory_edit.py"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for kind in ("png", "svg", "parquet")}
+    assert "Layer 1, random key" in capsys.readouterr().out
 
 
 def test_the_gallery_shows_every_script():

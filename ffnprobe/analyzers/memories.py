@@ -198,7 +198,7 @@ def memories(
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, triggers), **collecting)
     vocabulary, tokenizer = unembedding(model), tokenizer_of(model)
-    words = [_word(tokenizer, i) for i in range(len(vocabulary))]
+    words = [word(tokenizer, i) for i in range(len(vocabulary))]
     shown: dict[int, dict] = {}
 
     def window(at: int) -> dict:
@@ -273,7 +273,7 @@ def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window,
     ]
 
 
-def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+def word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The token's text, or its raw name where it is a part of a character."""
     text = str(tokenizer.decode([token]))
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text

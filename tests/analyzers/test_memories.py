@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ffnprobe import memories
-from ffnprobe.analyzers.memories import Memories, Row, _word, read_values
+from ffnprobe.analyzers.memories import Memories, Row, read_values, word
 from ffnprobe.models import ffns, output_gain, plain, tokenizer_of, unembedding
 from ffnprobe.stream import capture
 
@@ -156,7 +156,7 @@ def test_what_follows_the_last_token_of_a_document_is_nothing(gpt2, tokens):
 
 def test_raised_and_lowered_words_are_those_of_the_written_direction(gpt2, tokens):
     result = memories(gpt2, tokens(gpt2), layers=[2], readings=3)
-    words = [_word(tokenizer_of(gpt2), i) for i in range(300)]
+    words = [word(tokenizer_of(gpt2), i) for i in range(300)]
     hidden, _ = strongest(gpt2, tokens(gpt2), 2)
     for row in result.rows:
         sign = 1.0 if hidden[:, row.neuron].max() >= 0 else -1.0
@@ -176,4 +176,4 @@ def test_values_behind_a_norm_are_read_with_its_gain(model_of, tokens):
         else -1.0
     )
     scores = unembedding(model) @ (ffns(model)[2].values[5] * gain) * sign
-    assert row.promotes[0] == _word(tokenizer_of(model), int(scores.argmax()))
+    assert row.promotes[0] == word(tokenizer_of(model), int(scores.argmax()))
