@@ -142,7 +142,8 @@ class Recall(Result):
                 claim=4,
                 rule="of the words 'more width is more memory' alone, in planted layers: supported if in every "
                 "arm recall at the middle number of facts rises with width (rank correlation, 5%), and the "
-                "exponent of the facts held against width is above 0 (95%); mixed if only one of the two holds",
+                "exponent of the facts held against width is above 0 (95%); mixed if only one of the two holds "
+                "(unlike the other rules, written after a prototype had been seen)",
                 measured=f"rank correlation and exponent: {measured}",
                 verdict="supported" if rises and grows else "mixed" if rises or grows else "not supported",
                 against="What is bought may be bought by parameters, not by the FFN: attention can hold facts too "
