@@ -4,6 +4,7 @@ from .analyzers import expansion_fits as expansion_fits
 from .analyzers import hidden_rank as hidden_rank
 from .analyzers import memories as memories
 from .analyzers import memory_edit as memory_edit
+from .analyzers import memory_use as memory_use
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
 from .analyzers import recall as recall

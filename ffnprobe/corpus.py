@@ -65,7 +65,14 @@ class Tokens:
     def n_documents(self) -> int:
         return len(self.document.unique())
 
-    def sequences(self, which: slice) -> Tokens:
+    @property
+    def position(self) -> Int[Tensor, "sequences length"]:
+        """Each token's place in its document, from 0."""
+        document, at = self.document.flatten(), torch.arange(self.n)
+        begins = torch.cat([torch.ones(1, dtype=torch.bool), document[1:] != document[:-1]])
+        return (at - torch.where(begins, at, 0).cummax(0).values).view_as(self.ids)
+
+    def sequences(self, which: slice | Int[Tensor, " n"]) -> Tokens:
         """Only these sequences; documents keep their numbers."""
         return Tokens(self.ids[which], self.document[which], self.special[which], self.settings)
 

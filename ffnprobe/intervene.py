@@ -113,7 +113,7 @@ def losses(
                 kept[tap.layer] &= ~tokens.special[rows].flatten() & ~apart.find(tap, read).cpu()
 
         ids = tokens.ids[rows]
-        with showing(chosen, mark), _kept_outputs(model) as outputs:
+        with showing(chosen, mark), block_outputs(model) as outputs:
             found[""].append(_token_losses(model, ids))
         for name, changes in arms.items():
             with _changed(model, changes, kept), _resumed(model, changes, outputs):
@@ -213,7 +213,7 @@ def _replacing(change: Change, read: dict[str, Tensor], at: Int[Tensor, " k"]) -
 
 
 @contextmanager
-def _kept_outputs(model: Model) -> Iterator[list[Any]]:
+def block_outputs(model: Model) -> Iterator[list[Any]]:
     """What each block gives, in their order."""
     outputs: list[Any] = []
     handles = [

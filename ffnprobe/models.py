@@ -363,6 +363,18 @@ def context_length(model: TransformerBridge) -> int:
     return next((length for name in names if (length := getattr(config, name, None))), 2**31)
 
 
+def contribution(model: TransformerBridge, layer: int) -> Callable[[Tensor], Tensor]:
+    """What a block makes of its FFN's output before it adds it to the residual stream.
+
+    A norm (Gemma 2, OLMo 2), a multiplication (Granite), nothing elsewhere.
+    """
+    block: Any = model.blocks[layer]
+    if hasattr(block, "ln2_post"):
+        return plain(model).get_submodule(block.name).get_submodule(block.ln2_post.name)
+    multiplier = getattr(plain(model).config, "residual_multiplier", 1.0)
+    return lambda written: multiplier * written
+
+
 def output_gain(model: TransformerBridge, layer: int) -> Float[Tensor, " d_model"] | None:
     """What a norm behind the FFN multiplies its output by (Gemma 2, OLMo 2); None where there is no such norm."""
     block: Any = model.blocks[layer]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,21 +29,34 @@ def read_values(
     Raises:
         ValueError: k is not in [1, d_vocab].
     """
+    raised, lowered = _read(values, vocabulary, k, (1, -1), held)
+    return raised, lowered
+
+
+def raised_most(
+    values: Float[Tensor, "n d_model"], vocabulary: Float[Tensor, "d_vocab d_model"], k: int, held: int = HELD
+) -> Int[Tensor, "n k"]:
+    """The first half of `read_values`."""
+    (raised,) = _read(values, vocabulary, k, (1,), held)
+    return raised
+
+
+def _read(values: Tensor, vocabulary: Tensor, k: int, signs: Sequence[int], held: int) -> list[Int[Tensor, "n k"]]:
     n, width = vocabulary.shape
     if not 1 <= k <= n:
         raise ValueError(f"cannot read {k} tokens of a vocabulary of {n}: choose 1 to {n}")
     values = values.to(vocabulary)
     if n < 2 * STRIDES * (k + SPARE) or not _narrow_is_faster(vocabulary.device, vocabulary.dtype, width):
-        ends = [_extremes(chunk @ vocabulary.mT, k) for chunk in values.split(max(1, held // (4 * n)))]
+        rows, read = max(1, held // (4 * n)), partial(_whole, vocabulary)
     else:
-        narrow = _Narrow(vocabulary)
-        ends = [narrow.read(chunk, k) for chunk in values.split(max(1, held // (2 * n + 24 * (k + SPARE))))]
-    raised, lowered = zip(*ends, strict=True)
-    return torch.cat(raised).cpu(), torch.cat(lowered).cpu()
+        rows, read = max(1, held // (2 * n + 24 * (k + SPARE))), _Narrow(vocabulary).read
+    ends = [read(chunk, k, signs) for chunk in values.split(rows)]
+    return [torch.cat(end).cpu() for end in zip(*ends, strict=True)]
 
 
-def _extremes(scores: Float[Tensor, "n d_vocab"], k: int) -> tuple[Int[Tensor, "n k"], Int[Tensor, "n k"]]:
-    return scores.topk(k, dim=1).indices, scores.topk(k, dim=1, largest=False).indices
+def _whole(vocabulary: Tensor, values: Tensor, k: int, signs: Sequence[int]) -> list[Int[Tensor, "n k"]]:
+    scores = values @ vocabulary.mT
+    return [scores.topk(k, dim=1, largest=sign > 0).indices for sign in signs]
 
 
 class _Narrow:
@@ -52,24 +66,24 @@ class _Narrow:
         self.wide, self.narrow = vocabulary, vocabulary.bfloat16()
         self.longest = vocabulary.norm(dim=1).max()
         # by parts: a difference of the two would be a second copy
-        self.lost = torch.stack(
-            [
-                (a - b.to(a)).norm(dim=1).max()
-                for a, b in zip(vocabulary.split(1024), self.narrow.split(1024), strict=True)
-            ]
-        ).max()
+        parts = zip(vocabulary.split(1024), self.narrow.split(1024), strict=True)
+        self.lost = torch.stack([(wide - narrow.to(wide)).norm(dim=1).max() for wide, narrow in parts]).max()
 
-    def read(self, values: Float[Tensor, "n d_model"], k: int) -> tuple[Int[Tensor, "n k"], Int[Tensor, "n k"]]:
+    def read(self, values: Float[Tensor, "n d_model"], k: int, signs: Sequence[int]) -> list[Int[Tensor, "n k"]]:
         short = values.bfloat16()
         scores = short @ self.narrow.mT
         bound = (values - short.to(values)).norm(dim=1) * self.longest + values.norm(dim=1) * self.lost
-        raised, sure = self._best(scores, values, bound, k)
-        # in place, or there would be two of them
-        lowered, sure_too = self._best(scores.neg_(), -values, bound, k)
-        if len(open_ := (~(sure & sure_too)).nonzero().squeeze(1)):
-            for rows in open_.split(max(1, len(values) // 4)):
-                raised[rows], lowered[rows] = _extremes(values[rows] @ self.wide.mT, k)
-        return raised, lowered
+        ends, unsure = [], torch.zeros_like(bound, dtype=torch.bool)
+        for sign in signs:
+            if sign < 0:
+                scores.neg_()  # in place, or there would be two of them
+            best, sure = self._best(scores, sign * values, bound, k)
+            ends.append(best)
+            unsure |= ~sure
+        for rows in unsure.nonzero().squeeze(1).split(max(1, len(values) // 4)):
+            for end, again in zip(ends, _whole(self.wide, values[rows], k, signs), strict=True):
+                end[rows] = again
+        return ends
 
     def _best(
         self, scores: Tensor, values: Float[Tensor, "n d_model"], bound: Float[Tensor, " n"], k: int

@@ -11,6 +11,8 @@ from .memories import memories as memories
 from .memory_edit import Edit as Edit
 from .memory_edit import MemoryEdit as MemoryEdit
 from .memory_edit import memory_edit as memory_edit
+from .memory_use import MemoryUse as MemoryUse
+from .memory_use import memory_use as memory_use
 from .nested import Nested as Nested
 from .nested import nested as nested
 from .neuron_clusters import NeuronClusters as NeuronClusters

@@ -10,9 +10,10 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedTokenizerBase
 
 from ..corpus import Tokens, context
@@ -24,6 +25,8 @@ from ..statistics import FiringRate, TopActivations
 from ..stream import Probe, choose_layers, collect, settings_of
 from ..vocabulary import read_values
 
+GROUPS = (8, 32)  # positions in a document at which a new group begins
+
 
 @dataclass(frozen=True)
 class Row:
@@ -34,7 +37,9 @@ class Row:
     )
     tokens: int = column("tokens", "ordinary tokens seen: neither sinks nor special")
     contribution: float = column("", "hidden activation times the norm of the value, at the strongest trigger")
-    key_value_cosine: float = column("-1..1", "cosine of key and value")
+    key_value_cosine: float = column("-1..1", "cosine of key and value; of random ones 0 ± 1 / sqrt(d_model)")
+    gate_value_cosine: float | None = column("0..1", "|cosine| of gate and value: its sign is a gauge")
+    position: int = column("", "of the strongest trigger in its document, from 0")
     triggers: list[dict] = column("", "strongest contexts: at (token index), contribution, before, token, after")
     purity: float = column("0..1", "share of the triggers that are their commonest token")
     next_token: str = column("", "what follows the strongest trigger; empty where the document ends")
@@ -46,6 +51,7 @@ class Row:
     agrees_shuffled: float = column(
         "0..1", "the chance of that under a random pairing of the layer's values with its keys"
     )
+    agrees_chance: float = column("0..1", "the chance that it is a random ordinary token of the text")
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,13 @@ class LayerMemory:
     agreement: float
     shuffled: float
     shuffled_sd: float
+    chance: float
     firing_rate: float
     silent: float
     purity: float
     key_value_cosine: float
+    cosine_low: float  # 5% of the neurons are below
+    cosine_high: float
 
     @property
     def above_shuffled(self) -> bool:
@@ -76,6 +85,17 @@ class Memories(Result):
         """Rates by layer, over the layer's neurons."""
         return [_layer_memory(layer, list(rows)) for layer, rows in groupby(self.rows, key=lambda row: row.layer)]
 
+    def by_position(self, groups: Sequence[int] = GROUPS) -> list[tuple[str, float, float]]:
+        """Positions, and of the neurons with their strongest trigger there the share that agrees, and its null."""
+        found = []
+        for first, stop in zip([0, *groups], [*groups, None], strict=True):
+            rows = [row for row in self.rows if first <= row.position and (stop is None or row.position < stop)]
+            if rows:
+                name = f"{first}+" if stop is None else f"{first}-{stop - 1}"
+                agree, shuffled = sum(row.agrees for row in rows), sum(row.agrees_shuffled for row in rows)
+                found.append((name, agree / len(rows), shuffled / len(rows)))
+        return found
+
     def findings(self) -> list[str]:
         layers, fewest = self.layers(), min(row.tokens for row in self.rows)
         best = max(layers, key=lambda layer: layer.agreement - layer.shuffled)
@@ -89,6 +109,12 @@ class Memories(Result):
         return [
             "Key and value agree (the token that the value raises most follows the strongest trigger) "
             + (agreement if above else f"no more often than with shuffled values in any of {len(layers)} layers."),
+            "By the trigger's position in its document, agree: "
+            + ", ".join(f"{name} {share:.2%} (shuffled {null:.2%})" for name, share, null in self.by_position())
+            + ".",
+            f"Cosine of key and value, mean of a layer's neurons: {layers[0].key_value_cosine:+.3f} at layer "
+            f"{layers[0].layer}, {layers[-1].key_value_cosine:+.3f} at layer {layers[-1].layer}; of one pair of "
+            f"random vectors 0 ± {self.settings['cosine_null_sd']:.3f}.",
             f"{silent:,} of {len(self.rows):,} neurons never had a positive pre-activation on {fewest:,} or more "
             f"ordinary tokens: it is positive on fewer than {3 / fewest:.2g} of all such tokens (95%).",
         ]
@@ -117,13 +143,14 @@ class Memories(Result):
     def plot(self) -> Figure:
         layers = self.layers()
         at = [layer.layer for layer in layers]
-        figure, (agree, fire, pure) = new_figure(
-            3, caption(self.settings, "vocabulary " + self.settings["vocabulary"])
+        figure, (agree, fire, pure, cosine) = new_figure(
+            4, caption(self.settings, "vocabulary " + self.settings["vocabulary"])
         )
         null = torch.tensor([layer.shuffled for layer in layers])
         sd = torch.tensor([layer.shuffled_sd for layer in layers])
         agree.plot(at, [100 * layer.agreement for layer in layers], "o-", color=BLACK, label="trained")
         agree.plot(at, 100 * null, "--", color=GREY, label="shuffled values ± 2 sd")
+        agree.plot(at, [100 * layer.chance for layer in layers], ":", color=GREY, label="random token")
         agree.fill_between(
             at, 100 * (null - 2 * sd).clamp(min=0), 100 * (null + 2 * sd), color=GREY, alpha=0.25, linewidth=0
         )
@@ -150,7 +177,13 @@ class Memories(Result):
             ylabel="commonest token's share of triggers",
             ylim=(0, 1),
         )
-        for axes in (agree, fire, pure):
+        cosine.plot(at, [layer.key_value_cosine for layer in layers], "o-", color=BLACK, label="mean of neurons")
+        low, high = [layer.cosine_low for layer in layers], [layer.cosine_high for layer in layers]
+        cosine.fill_between(at, low, high, color=BLACK, alpha=0.12, linewidth=0, label="5% to 95% of neurons")
+        null_sd = 1.645 * self.settings["cosine_null_sd"]
+        cosine.axhspan(-null_sd, null_sd, color=GREY, alpha=0.25, linewidth=0, label="5% to 95% of random vectors")
+        cosine.set(title="Keys against values", xlabel="layer", ylabel="cosine of key and value")
+        for axes in (agree, fire, pure, cosine):
             legend_below(axes)
         return figure
 
@@ -215,6 +248,7 @@ def memories(
     ]
     settings = settings_of(model, tokens, seed, **collecting)
     settings |= {"triggers": triggers, "readings": readings, "vocabulary": "folded", "weights": "raw"}
+    settings |= {"cosine_null_sd": model.cfg.d_model**-0.5}
     return Memories(rows, settings | {"purity_null": _purity_of_chance(tokens, triggers, seed)})
 
 
@@ -229,8 +263,12 @@ def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window,
     following = _next_tokens(tokens, at[:, 0])
     agrees = raised[:, 0] == following
     votes = torch.bincount(raised[:, 0], minlength=len(vocabulary)).double() / len(raised)
-    chance = torch.where(following < 0, 0.0, votes[following.clamp(min=0)])
-    cosine = torch.nn.functional.cosine_similarity(ffn.keys, ffn.values, dim=1)
+    shuffled = torch.where(following < 0, 0.0, votes[following.clamp(min=0)])
+    ordinary = torch.bincount(tokens.ids[~tokens.special], minlength=len(vocabulary)).double()
+    chance = float(votes @ ordinary / ordinary.sum())
+    position = tokens.position.flatten()[at[:, 0]].tolist()
+    cosine = cosine_similarity(ffn.keys, ffn.values, dim=1)
+    across = None if ffn.gates is None else cosine_similarity(ffn.gates, ffn.values, dim=1).abs().tolist()
     contribution = activation * ffn.values.norm(dim=1, keepdim=True).cpu()
     if ffn.gated:
         contribution = contribution.abs()  # which sign the key has is a gauge
@@ -243,6 +281,8 @@ def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window,
             tokens=statistics[f"memories/{ffn.layer}/rate"].n,
             contribution=float(contribution[i, 0]),
             key_value_cosine=float(cosine[i]),
+            gate_value_cosine=across and across[i],
+            position=position[i],
             triggers=[
                 {**window(at), "contribution": size}
                 for at, size in zip(places[i], contribution[i].tolist(), strict=True)
@@ -252,7 +292,8 @@ def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window,
             promotes=[words[token] for token in raised[i].tolist()],
             suppresses=[words[token] for token in lowered[i].tolist()],
             agrees=bool(agrees[i]),
-            agrees_shuffled=float(chance[i]),
+            agrees_shuffled=float(shuffled[i]),
+            agrees_chance=chance,
         )
         for i in range(ffn.d_mlp)
     ]
@@ -274,17 +315,20 @@ def _next_tokens(tokens: Tokens, at: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
 def _layer_memory(layer: int, rows: list[Row]) -> LayerMemory:
     n = len(rows)
     mean = lambda values: sum(values) / n  # noqa: E731
-    shuffled = mean([row.agrees_shuffled for row in rows])
+    shuffled, cosines = mean([row.agrees_shuffled for row in rows]), sorted(row.key_value_cosine for row in rows)
     return LayerMemory(
         layer=layer,
         agreement=mean([row.agrees for row in rows]),
         shuffled=shuffled,
+        chance=mean([row.agrees_chance for row in rows]),
         # agreements of a random pairing are rare and nearly independent
         shuffled_sd=(mean([row.agrees_shuffled * (1 - row.agrees_shuffled) for row in rows]) / n) ** 0.5,
         firing_rate=mean([row.firing_rate for row in rows]),
         silent=mean([row.firing_rate == 0 for row in rows]),
         purity=mean([row.purity for row in rows]),
-        key_value_cosine=mean([row.key_value_cosine for row in rows]),
+        key_value_cosine=mean(cosines),
+        cosine_low=cosines[n // 20],
+        cosine_high=cosines[-1 - n // 20],
     )
 
 

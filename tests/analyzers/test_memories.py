@@ -142,6 +142,24 @@ def test_shuffled_sd_is_that_of_random_pairings():
     assert not summary.above_shuffled  # 2 is within 2 sd of 1
 
 
+def test_chance_is_a_random_ordinary_token_and_positions_are_within_documents(model_of, tokens):
+    model, text = model_of("llama"), tokens(model_of("llama"))
+    result = memories(model, text, layers=[1])
+    ordinary = text.ids[~text.special].tolist()
+    words = [word(tokenizer_of(model), i) for i in range(300)]
+    seen = [words[i] for i in ordinary]
+    chance = sum(seen.count(row.promotes[0]) for row in result.rows) / len(seen) / len(result.rows)
+    assert {row.agrees_chance for row in result.rows} == {pytest.approx(chance)}
+    assert all(row.position == row.triggers[0]["at"] % 16 for row in result.rows)
+    gates, values = ffns(model)[1].gates, ffns(model)[1].values
+    cosine = torch.nn.functional.cosine_similarity(gates, values, dim=1).abs()
+    assert [row.gate_value_cosine for row in result.rows] == pytest.approx(cosine.tolist(), abs=1e-6)
+    everywhere = result.by_position((4,))
+    assert [name for name, *_ in everywhere] == ["0-3", "4+"]
+    early = [row.agrees for row in result.rows if row.position < 4]
+    assert everywhere[0][1] == pytest.approx(sum(early) / len(early))
+
+
 def test_what_follows_the_last_token_of_a_document_is_nothing(gpt2, tokens):
     text = tokens(gpt2, document=2)  # a separator and one token: nothing follows any trigger
     result = memories(gpt2, text, layers=[0])
