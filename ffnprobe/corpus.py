@@ -72,6 +72,19 @@ class Tokens:
         begins = torch.cat([torch.ones(1, dtype=torch.bool), document[1:] != document[:-1]])
         return (at - torch.where(begins, at, 0).cummax(0).values).view_as(self.ids)
 
+    def held_out(self, n: int) -> tuple[Tokens, Tokens]:
+        """All but the last n tokens, and these, in whole sequences; a document at the border is in both.
+
+        Raises:
+            InputError: nothing would be left.
+        """
+        last = -(-n // self.ids.shape[1])
+        if not 0 < last < len(self.ids):
+            raise InputError(
+                f"cannot hold {n} of {self.n} tokens out, in sequences of {self.ids.shape[1]}: give more text"
+            )
+        return self.sequences(slice(-last)), self.sequences(slice(-last, None))
+
     def sequences(self, which: slice | Int[Tensor, " n"]) -> Tokens:
         """Only these sequences; documents keep their numbers."""
         return Tokens(self.ids[which], self.document[which], self.special[which], self.settings)

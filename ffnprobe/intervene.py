@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .corpus import Tokens
 from .errors import InputError, ModelRefused
 from .forward import choose_layers, reading, showing
-from .models import Model, attention_output, blocks, describe, plain
+from .models import Model, Tap, attention_output, blocks, describe, plain
 from .placement import input_device
 from .sinks import find_sinks, not_finite
 from .stream import SINK_FACTOR, Progress
@@ -106,18 +106,18 @@ def losses(
     for rows in torch.arange(len(tokens.ids)).split(batch):
         kept: dict[int, Tensor] = {}
 
-        def mark(tap, read, rows=rows, kept=kept) -> None:
+        def mark(tap: Tap, read: dict[str, Tensor], rows=rows, kept=kept) -> None:
             bad = not_finite(tap, read, read.keys(), rows, tokens, nonfinite).cpu()
             kept[tap.layer] = ~bad
             if apart is not None:
                 kept[tap.layer] &= ~tokens.special[rows].flatten() & ~apart.find(tap, read).cpu()
 
         ids = tokens.ids[rows]
-        with showing(chosen, mark), block_outputs(model) as outputs:
-            found[""].append(_token_losses(model, ids))
+        with torch.no_grad(), showing(chosen, mark), block_outputs(model) as outputs:
+            found[""].append(token_losses(model, ids))
         for name, changes in arms.items():
-            with _changed(model, changes, kept), _resumed(model, changes, outputs):
-                found[name].append(_token_losses(model, ids))
+            with torch.no_grad(), _changed(model, changes, kept), _resumed(model, changes, outputs):
+                found[name].append(token_losses(model, ids))
         if progress:
             progress(int(rows[-1] + 1) * ids.shape[1], tokens.n)
     n, unchanged = document_means(torch.cat(found.pop("")), use, tokens)
@@ -179,8 +179,8 @@ def next_token_losses(logits: Float[Tensor, "s l d_vocab"], ids: Int[Tensor, "s 
     return F.cross_entropy(shifted, ids[:, 1:].to(logits.device), reduction="none")
 
 
-@torch.no_grad()
-def _token_losses(model: Model, ids: Int[Tensor, "s l"]) -> Float[Tensor, "s n"]:
+def token_losses(model: Model, ids: Int[Tensor, "s l"]) -> Float[Tensor, "s n"]:
+    """-log p of every token after the first, as the model runs it now."""
     twin = plain(model)
     return next_token_losses(twin(input_ids=ids.to(input_device(twin)), use_cache=False).logits, ids).cpu()
 

@@ -20,7 +20,7 @@ RANKS = (
     ("sinks",),
     ("stream",),
     ("shards", "intervene"),
-    ("run",),
+    ("run", "attribution"),
     ("analyzers",),
     ("report",),
     ("cli",),

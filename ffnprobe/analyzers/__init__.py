@@ -6,6 +6,8 @@ from .expansion_fits import ExpansionFits as ExpansionFits
 from .expansion_fits import expansion_fits as expansion_fits
 from .hidden_rank import HiddenRank as HiddenRank
 from .hidden_rank import hidden_rank as hidden_rank
+from .knockout import Knockout as Knockout
+from .knockout import knockout as knockout
 from .memories import Memories as Memories
 from .memories import memories as memories
 from .memory_edit import Edit as Edit
