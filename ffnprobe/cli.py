@@ -54,6 +54,8 @@ Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or f
 DeviceMap = Annotated[
     str | None, typer.Option(help="How to spread a model larger than one GPU: auto. On one device by default.")
 ]
+Only = Annotated[str | None, typer.Option(help="Analyzers to run, as in memories,knockout. All by default.")]
+Skip = Annotated[str | None, typer.Option(help="Analyzers to leave out.")]
 Workers = Annotated[int, typer.Option(help="Processes that share the cores.", min=1)]
 
 
@@ -84,6 +86,8 @@ def report(
     budget: Budget = "4GiB",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    only: Only = None,
+    skip: Skip = None,
     executor: ExecutorName = "inline",
     workers: Workers = 2,
 ) -> None:
@@ -92,7 +96,7 @@ def report(
     The same command again goes on where it stopped. A run folder in the place of MODEL is drawn again from
     what it holds, without the model.
     """
-    from .report.build import Settings, build_report, render_run
+    from .report.build import build_report, render_run
 
     with _progress() as show:
         if (Path(model) / "run.json").exists():
@@ -100,6 +104,8 @@ def report(
             findings = render_run(folder)
         else:
             from .executors import executor_of
+            from .report.analyses import choose_analyzers
+            from .report.settings import Settings
 
             settings = Settings(
                 model,
@@ -115,6 +121,7 @@ def report(
                 parse_size(budget),
                 dtype,
                 device_map,
+                choose_analyzers(only, skip),
             )
             folder = out or _folder(model)
             where = executor_of(executor, workers)
@@ -143,6 +150,8 @@ def plan(
     budget: Budget = "4GiB",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    only: Only = None,
+    skip: Skip = None,
     executor: ExecutorName = "inline",
     workers: Workers = 2,
 ) -> None:
@@ -152,8 +161,9 @@ def plan(
     """
     started = time.perf_counter()
     from .executors import executor_of
-    from .report.build import Settings
+    from .report.analyses import choose_analyzers
     from .report.plan import plan_report
+    from .report.settings import Settings
 
     settings = Settings(
         model,
@@ -169,6 +179,7 @@ def plan(
         parse_size(budget),
         dtype,
         device_map,
+        choose_analyzers(only, skip),
     )
     planned = plan_report(settings, out or _folder(model), executor_of(executor, workers), _say, started)
     for line in planned.lines():
@@ -182,7 +193,8 @@ def check(model: Model, dtype: Dtype = "float32", device_map: DeviceMap = None) 
     from rich.console import Console
     from rich.table import Table
 
-    from .models import check_model, describe, load_model, why_illegible
+    from .models import check_model, describe, load_model
+    from .report.analyses import ANALYSES
 
     loaded = load_model(model, dtype=dtype, device_map=device_map, say=_say, refuse=False)
     checked = check_model(loaded)
@@ -199,9 +211,10 @@ def check(model: Model, dtype: Dtype = "float32", device_map: DeviceMap = None) 
         console.print(str(note))
     if not checked.ok:
         raise ModelRefused(f"{model} failed the self-check: {checked.problems[0]}: choose another model")
-    console.print("these analyzers apply: hidden_rank, weight_rank, neuron_clusters", end="")
-    illegible = why_illegible(loaded)
-    console.print(f"; not memories: {illegible}" if illegible else ", memories", markup=False)
+    refused = {name: reason for name, analysis in ANALYSES.items() if (reason := analysis.why_not(loaded))}
+    console.print(f"these analyzers apply: {', '.join(name for name in ANALYSES if name not in refused)}")
+    for name, reason in refused.items():
+        console.print(f"not {name}: {reason}", markup=False)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
@@ -47,7 +47,8 @@ def _read(values: Tensor, vocabulary: Tensor, k: int, signs: Sequence[int], held
         raise ValueError(f"cannot read {k} tokens of a vocabulary of {n}: choose 1 to {n}")
     values = values.to(vocabulary)
     if n < 2 * STRIDES * (k + SPARE) or not _narrow_is_faster(vocabulary.device, vocabulary.dtype, width):
-        rows, read = max(1, held // (4 * n)), partial(_whole, vocabulary)
+        rows = max(1, held // (4 * n))
+        read: Callable[..., list[Tensor]] = partial(_whole, vocabulary)
     else:
         rows, read = max(1, held // (2 * n + 24 * (k + SPARE))), _Narrow(vocabulary).read
     ends = [read(chunk, k, signs) for chunk in values.split(rows)]

@@ -17,6 +17,7 @@ from ffnprobe.analyzers.expansion_controls import STATES
 from ffnprobe.cli import main, parse_layers, parse_size
 from ffnprobe.errors import InputError
 from ffnprobe.family import MEMBERS
+from ffnprobe.report.analyses import ANALYSES
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_pa
     assert code == 0, complained
     assert printed.count("\n* ") == 3 and str(out / "report.html") in printed
     assert "running 3 layers over 1,024 tokens" in complained
-    names = {"hidden_rank", "memories", "weight_rank", "neuron_clusters"}
+    names = set(ANALYSES)
     assert {path.stem for path in (out / "tables").iterdir()} == names
     assert {path.name for path in (out / "figures").iterdir()} == {
         f"{n}.{kind}" for n in names for kind in ("svg", "png")
@@ -82,7 +83,7 @@ def test_a_report_on_a_tiny_model_shows_its_family(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, complained = run("report", "tiny-x4", "--tokens", "1024", "--out", "run")
     assert code == 0, complained
-    names = {"hidden_rank", "memories", "weight_rank", "neuron_clusters", "expansion", "expansion_fits", "recall"}
+    names = {*ANALYSES, "expansion", "expansion_fits", "recall"}
     assert {path.stem for path in Path("run/tables").iterdir()} == names
     family = pd.read_parquet("run/tables/expansion.parquet")
     assert set(family.model) == set(MEMBERS) and set(family.state) == set(STATES)

@@ -232,7 +232,7 @@ def _row(
     def count(some: Mapping[int, Tensor]) -> int:
         return sum(len(which) for which in some.values())
 
-    nulls = {}
+    nulls: dict[str, float] = {}
     for kind in ("same_size", "same_norm"):
         deltas = [found.delta(f"{name}/{kind}/{draw}")[0] for draw in range(draws)]
         nulls |= {kind: fmean(deltas), f"{kind}_sd": stdev(deltas), f"{kind}_most": max(deltas)}

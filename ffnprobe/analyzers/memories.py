@@ -281,7 +281,7 @@ def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window,
             tokens=statistics[f"memories/{ffn.layer}/rate"].n,
             contribution=float(contribution[i, 0]),
             key_value_cosine=float(cosine[i]),
-            gate_value_cosine=across and across[i],
+            gate_value_cosine=None if across is None else across[i],
             position=position[i],
             triggers=[
                 {**window(at), "contribution": size}

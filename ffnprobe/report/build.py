@@ -4,82 +4,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from shlex import quote
-from typing import Any
 
-from ..analyzers import hidden_rank, memories, neuron_clusters, weight_rank
 from ..analyzers.expansion import Expansion
 from ..analyzers.expansion_fits import ExpansionFits
-from ..analyzers.hidden_rank import HiddenRank, check_documents
+from ..analyzers.hidden_rank import check_documents
 from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
-from ..analyzers.memories import probes as memory_probes
-from ..analyzers.neuron_clusters import NeuronClusters
-from ..analyzers.rank_probes import BUDGET
-from ..analyzers.rank_probes import probes as rank_probes
 from ..analyzers.recall import Recall
-from ..analyzers.weight_rank import WeightRank
 from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
 from ..errors import InputError
 from ..executors import Executor
 from ..family import MEMBERS
 from ..figure import save_figure
-from ..models import context_length, describe, ffns, load_model, tokenizer_of, why_illegible
+from ..models import context_length, describe, ffns, load_model, tokenizer_of
 from ..result import Result
 from ..run import note, read_run, run
 from ..shards import Work
 from ..shipped import shipped
-from ..statistics import Statistic
-from ..stream import BATCH, SINK_FACTOR, choose_layers
+from ..statistics import Count, Statistic
+from ..stream import Probe, choose_layers
+from .analyses import ANALYSES, analyses_of, measure
 from .card import NeuronCard
 from .page import About, top_findings, write_page
+from .settings import Settings
 
 # measured beforehand, by the scripts of analyses/: they take more than one model
-FAMILY = {"expansion-tiny": Expansion, "expansion_fits-tiny": ExpansionFits, "recall-planted": Recall}
-RESULTS = (HiddenRank, Memories, WeightRank, NeuronClusters, *FAMILY.values())
+FAMILY: dict[str, type[Result]] = {
+    "expansion-tiny": Expansion,
+    "expansion_fits-tiny": ExpansionFits,
+    "recall-planted": Recall,
+}
+RESULTS: tuple[type[Result], ...] = (*(analysis.kind for analysis in ANALYSES.values()), *FAMILY.values())
 CARDS = 32  # neurons of each layer in the page's browser; the table has them all
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides what a report says; written to run.json."""
-
-    model: str
-    tokens: int = 16_384
-    layers: tuple[int, ...] | None = None
-    corpus: str | None = None
-    dataset: str | None = None
-    seed: int = 0
-    sink_factor: float = SINK_FACTOR
-    nonfinite: str = "stop"
-    batch: int = BATCH
-    shard: int | None = None
-    budget: int = BUDGET  # bytes of all moments
-    dtype: str = "float32"
-    device_map: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.corpus and self.dataset:
-            raise InputError("got both --corpus and --dataset: give one of them")
-
-    def command(self, out: str) -> str:
-        """The command line that makes this report again."""
-        options = [f"--tokens {self.tokens}"] if self.tokens != Settings.tokens else []
-        options += [f"--layers {','.join(map(str, self.layers))}"] if self.layers is not None else []
-        options += [f"--{name} {quote(value)}" for name in ("corpus", "dataset") if (value := getattr(self, name))]
-        options += [f"--seed {self.seed}"] if self.seed else []
-        options += [f"--sink-factor {self.sink_factor:g}"] if self.sink_factor != SINK_FACTOR else []
-        options += [f"--nonfinite {self.nonfinite}"] if self.nonfinite != "stop" else []
-        options += [f"--batch {self.batch}"] if self.batch != BATCH else []
-        options += [f"--shard {self.shard}"] if self.shard else []
-        options += [f"--budget {self.budget}"] if self.budget != BUDGET else []
-        options += [f"--dtype {quote(self.dtype)}"] if self.dtype != Settings.dtype else []
-        options += [f"--device-map {quote(self.device_map)}"] if self.device_map else []
-        return " ".join(["ffnprobe report", quote(self.model), *options, f"--out {quote(out)}"])
 
 
 def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
@@ -92,12 +52,12 @@ def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     length = min(LENGTH, context_length(model))
     tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
     check_documents(tokens)
+    wanted: dict[str, Probe] = {}
+    for analysis in analyses_of(settings, model, tokens, say).values():
+        wanted |= analysis.probes(measured, settings)
+    if not wanted:  # nobody asked for activations: they are counted, and the run is one all the same
+        wanted["count"] = Probe(min(chosen), "post", Count.about)
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
-    wanted = rank_probes(measured, settings.seed, settings.budget)
-    if illegible := why_illegible(model):
-        say(f"memories is left out: {illegible}")
-    else:
-        wanted |= memory_probes(measured)
     return Work(model, tokens, wanted, settings.batch, settings.shard, settings.sink_factor, settings.nonfinite)
 
 
@@ -122,13 +82,11 @@ def build_report(
             return []
         started = time.perf_counter()
         _say_skipped(outcome.statistics, say)
-        analyses = analyses_of(settings, work, outcome.statistics, settings.layers)
-        for name, analyse in analyses.items():
-            say(f"measuring {name}")
-            analyse().save(Path(out) / "tables" / f"{name}.parquet")
-            for done in [of for of in outcome.statistics if of.startswith(f"{name}/")]:
-                del outcome.statistics[done]  # the covariances are by far the most of the memory
-        tables = [*analyses, *add_family(settings.model, Path(out) / "tables")]
+        measured = []
+        for name, result in measure(settings, work, outcome.statistics, settings.layers, say):
+            result.save(Path(out) / "tables" / f"{name}.parquet")
+            measured.append(name)
+        tables = [*measured, *add_family(settings.model, Path(out) / "tables")]
         seconds = outcome.seconds + time.perf_counter() - started
         about = about_of(settings, work, out, seconds, read_run(out)["versions"])
         packing = work.tokens.settings
@@ -137,23 +95,6 @@ def build_report(
         note(out, **made, bit_equal=outcome.bit_equal, about=about)
         say("drawing the figures and the page")
         return render_run(out)
-
-
-def analyses_of(
-    settings: Settings, work: Work, statistics: Mapping[str, Statistic], layers: Sequence[int] | None
-) -> dict[str, Callable[[], Result]]:
-    """The analyses that a report is made of, in order; `statistics` is what one pass has collected."""
-    shared: dict[str, Any] = {"layers": layers, "seed": settings.seed}
-    collecting: dict[str, Any] = {name: getattr(settings, name) for name in ("batch", "sink_factor", "nonfinite")}
-    streamed = shared | collecting | {"statistics": statistics}
-    analyses: dict[str, Callable[[], Result]] = {
-        "hidden_rank": lambda: hidden_rank(work.model, work.tokens, budget=settings.budget, **streamed),
-        "memories": lambda: memories(work.model, work.tokens, **streamed),
-        "weight_rank": lambda: weight_rank(work.model, **shared),
-        "neuron_clusters": lambda: neuron_clusters(work.model, **shared),
-    }
-    measured = {name.partition("/")[0] for name in work.probes} | {"weight_rank", "neuron_clusters"}
-    return {name: analyse for name, analyse in analyses.items() if name in measured}
 
 
 def add_family(model: str, tables: Path) -> list[str]:

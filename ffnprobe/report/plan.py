@@ -27,9 +27,11 @@ from ..models import describe, ffns, plain
 from ..run import threads_set
 from ..shards import Work, entry, merge, named, read_pilot, shard_path, size_of, write_pilot
 from ..statistics import Statistic
-from ..stream import Pilot, collect_rows
+from ..stream import Pilot, choose_layers, collect_rows
 from ..tensors import write_tensors
-from .build import Settings, about_of, analyses_of, draw, work_of
+from .analyses import ANALYSES, measure
+from .build import about_of, draw, work_of
+from .settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ def plan_report(
     work = work_of(settings, say)
     work.plan()  # a report takes fingerprints
     seconds["load"], loaded = clock.lap(), peak()
-    layers, rows = sorted({probe.layer for probe in work.probes.values()}), _rows(work)
+    layers, rows = [tap.layer for tap in choose_layers(work.model, settings.layers)], _rows(work)
     with (
         tempfile.TemporaryDirectory(prefix=".ffnprobe-plan-", dir=folder) as name,
         threads_set(executor.threads),
@@ -145,10 +147,13 @@ def plan_report(
     with tempfile.TemporaryDirectory(prefix=".ffnprobe-plan-", dir=folder) as name:
         scratch = Path(name)
         clock.lap()
-        results = [analyse() for analyse in analyses_of(settings, work, start.starts, chosen).values()]
+        results, seconds["analyses"] = [], 0.0
+        for name, result in measure(settings, work, dict(start.starts), chosen, lambda line: None):
+            results.append(result)
+            seconds["analyses"] += clock.lap() * (share if ANALYSES[name].of_each_layer else 1)
         for result in results:
             result.save(scratch / "tables" / f"{result.name}.parquet")
-        seconds["analyses"] = share * clock.lap()
+        seconds["analyses"] += clock.lap()
         tables = share * _bytes(scratch)
         draw(scratch, about_of(settings, work, out, 0.0, {}), results)
         seconds["drawing"] = clock.lap()

@@ -8,8 +8,9 @@ import pytest
 
 from ffnprobe.errors import InputError, MachineError
 from ffnprobe.executors import Inline, Processes
-from ffnprobe.report.build import Settings, build_report
+from ffnprobe.report.build import build_report
 from ffnprobe.report.plan import plan_report
+from ffnprobe.report.settings import Settings
 
 
 @pytest.fixture(scope="module")

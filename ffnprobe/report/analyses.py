@@ -1,0 +1,191 @@
+"""Which analyses is a report made of, and what does each of them need?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..analyzers import (
+    HiddenRank,
+    Knockout,
+    Memories,
+    MemoryUse,
+    NeuronClusters,
+    SVDDirections,
+    WeightRank,
+    hidden_rank,
+    knockout,
+    memories,
+    memory_use,
+    neuron_clusters,
+    svd_directions,
+    weight_rank,
+)
+from ..analyzers.knockout import probes as knockout_probes
+from ..analyzers.memories import probes as memory_probes
+from ..analyzers.rank_probes import probes as rank_probes
+from ..corpus import Tokens
+from ..errors import InputError, ModelRefused
+from ..ffn import FFN
+from ..intervene import check_causal, predictable
+from ..models import Model, why_illegible
+from ..result import Result
+from ..shards import Work
+from ..statistics import Statistic
+from ..stream import Probe
+from .settings import Settings
+
+HELD_OUT = 1024  # tokens on which losses are compared
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an analysis may use: the work, what one pass has collected, and the results before it."""
+
+    work: Work
+    settings: Settings
+    layers: Sequence[int] | None
+    statistics: Mapping[str, Statistic]
+    results: Mapping[str, Result] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> tuple[Model, Any]:
+        """Model and tokens."""
+        return self.work.model, self.work.tokens
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Arguments of every analyzer."""
+        return {"layers": self.layers, "seed": self.settings.seed}
+
+    @property
+    def collecting(self) -> dict[str, Any]:
+        """And of those that run the model themselves."""
+        return self.shared | {name: getattr(self.settings, name) for name in ("batch", "sink_factor", "nonfinite")}
+
+    @property
+    def streamed(self) -> dict[str, Any]:
+        """And of those that read what the pass has collected."""
+        return self.collecting | {"statistics": self.statistics}
+
+
+def _nothing(layers: Sequence[FFN], settings: Settings) -> dict[str, Probe]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis of the report.
+
+    `why_not` says why a model does not allow it, `too_little` why its tokens do not, None where they do.
+    `of_each_layer` says whether twice the layers take twice the time.
+    """
+
+    kind: type[Result]
+    run: Callable[[Inputs], Result]
+    probes: Callable[[Sequence[FFN], Settings], dict[str, Probe]] = _nothing
+    why_not: Callable[[Model], str | None] = lambda model: None
+    too_little: Callable[[Tokens], str | None] = lambda tokens: None
+    of_each_layer: bool = True
+
+
+def _no_loss(model: Model) -> str | None:
+    try:
+        check_causal(model)
+    except ModelRefused as error:
+        return str(error)
+    return None
+
+
+def _held_out(tokens: Tokens) -> int:
+    """Tokens on which losses are compared: of a small corpus a quarter."""
+    return min(HELD_OUT, tokens.n // 4)
+
+
+def _one_document(tokens: Tokens) -> str | None:
+    try:
+        _, test = tokens.held_out(_held_out(tokens))
+    except InputError as error:
+        return str(error)
+    predicted = test.document[:, 1:][predictable(test)].unique()
+    return None if len(predicted) > 1 else "the text that is held out is of one document: give more text"
+
+
+# in the order of the page; the first findings of the first three lead it
+ANALYSES: Mapping[str, Analysis] = {
+    "hidden_rank": Analysis(
+        HiddenRank,
+        lambda of: hidden_rank(*of.measured, budget=of.settings.budget, **of.streamed),
+        lambda layers, settings: rank_probes(layers, settings.seed, settings.budget),
+    ),
+    "memories": Analysis(
+        Memories,
+        lambda of: memories(*of.measured, **of.streamed),
+        lambda layers, _: memory_probes(layers),
+        why_illegible,
+    ),
+    "memory_use": Analysis(MemoryUse, lambda of: memory_use(*of.measured, **of.collecting), why_not=why_illegible),
+    "svd_directions": Analysis(
+        SVDDirections, lambda of: svd_directions(of.work.model, **of.shared), why_not=why_illegible
+    ),
+    "knockout": Analysis(
+        Knockout,
+        lambda of: knockout(*of.measured, held_out=_held_out(of.work.tokens), **of.streamed),
+        lambda layers, _: knockout_probes(layers),
+        _no_loss,
+        _one_document,
+        of_each_layer=False,
+    ),
+    "weight_rank": Analysis(WeightRank, lambda of: weight_rank(of.work.model, **of.shared)),
+    "neuron_clusters": Analysis(NeuronClusters, lambda of: neuron_clusters(of.work.model, **of.shared)),
+}
+
+
+def choose_analyzers(only: str | None, skip: str | None) -> tuple[str, ...] | None:
+    """The analyzers that `--only a,b` or `--skip a,b` leave, in the order of the page; None for all.
+
+    Raises:
+        InputError: a name that is not there, both at once, or nothing left.
+    """
+    if only is not None and skip is not None:
+        raise InputError("got both --only and --skip: give one of them")
+    if only is None and skip is None:
+        return None
+    named = [name.strip() for name in (only or skip or "").split(",") if name.strip()]
+    if unknown := [name for name in named if name not in ANALYSES]:
+        raise InputError(f"analyzer {unknown[0]!r} is unknown: choose from {', '.join(ANALYSES)}")
+    left = tuple(name for name in ANALYSES if (name in named) == (only is not None))
+    if not left:
+        raise InputError("no analyzer is left: name at least one")
+    return left
+
+
+def analyses_of(
+    settings: Settings, model: Model, tokens: Tokens, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Analysis]:
+    """The analyses that were asked for and that model and tokens allow."""
+    chosen = {}
+    for name in settings.analyzers or ANALYSES:
+        if reason := ANALYSES[name].why_not(model) or ANALYSES[name].too_little(tokens):
+            say(f"{name} is left out: {reason}")
+        else:
+            chosen[name] = ANALYSES[name]
+    return chosen
+
+
+def measure(
+    settings: Settings,
+    work: Work,
+    statistics: dict[str, Statistic],
+    layers: Sequence[int] | None,
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, Result]]:
+    """Run the analyses in their order; what was collected for one goes from `statistics` when it is done."""
+    results: dict[str, Result] = {}
+    for name, analysis in analyses_of(settings, work.model, work.tokens).items():
+        say(f"measuring {name}")
+        results[name] = analysis.run(Inputs(work, settings, layers, statistics, results))
+        yield name, results[name]
+        for done in [of for of in statistics if of.startswith(f"{name}/")]:
+            del statistics[done]  # the covariances are by far the most of the memory
