@@ -22,7 +22,9 @@ from .models import tokenizer_of as tokenizer_of
 from .result import Result as Result
 from .statistics import CoActivation as CoActivation
 from .statistics import Count as Count
+from .statistics import FiringByPosition as FiringByPosition
 from .statistics import FiringRate as FiringRate
+from .statistics import Magnitudes as Magnitudes
 from .statistics import Marginals as Marginals
 from .statistics import Moments as Moments
 from .statistics import SketchedMoments as SketchedMoments
