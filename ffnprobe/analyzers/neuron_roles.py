@@ -216,7 +216,7 @@ def neuron_roles(
     prediction, suppression, partition (Gurnee et al. 2024): moments over the vocabulary of the cosine of value and
     token. The skew of a gated value is that of the direction which it writes at its strongest trigger; the other
     moments have no sign. entropy (Stolfo et al. 2024): a late layer, a strength above the layer's median, and a
-    logit variance far below that of random directions. detector (Voita et al. 2023, whose measure is of all
+    logit variance below half of that of random directions. detector (Voita et al. 2023, whose measure is of all
     activations of ReLU): at most 5 tokens cover 95% of the 20 strongest triggers. positional (Voita et al. 2023):
     firing and range of positions share more than 0.05 nats, in the sequence as it was packed: where documents
     have one length, a neuron that knows where documents begin is positional too. dead: never a positive

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..corpus import Tokens
@@ -37,7 +37,7 @@ class Rules:
 
     kurtosis: float = 10  # above: prediction (skew > 0) or suppression (skew < 0); Gurnee et al. 2024
     variance: float = 0.005  # above: partition; Gurnee et al. 2024
-    logit_variance: float = 0.1  # below, of random directions, and large, in late layers: entropy
+    logit_variance: float = 0.5  # below, of random directions, and large, in late layers: entropy
     late: float = 0.25  # share of the layers that are late
     covered: float = 0.95  # of the triggers, by a detector's tokens; Voita et al. 2023, of all activations
     tokens: int = 5  # of a detector, at the most; Voita et al. 2023
@@ -144,7 +144,7 @@ def layer_rows(ffn: FFN, statistics: Mapping[str, Any], using: Read) -> Iterator
 def _of_weights(ffn: FFN, statistics: Mapping[str, Any], using: Read) -> dict[str, Tensor]:
     strongest = statistics[f"neuron_roles/{ffn.layer}/top"].compute().activation[:, 0]
     # which sign a gated value has is a gauge; which it writes with at its strongest trigger is not
-    written = ffn.values * torch.where((strongest < 0) & ffn.gated, -1.0, 1.0).to(ffn.values)[:, None]
+    written = _written(ffn, strongest) if ffn.gated else ffn.values
     spread, strength = using.vocabulary.spread(written), ffn.values.norm(dim=1)
     columns = {
         **spread._asdict(),
@@ -156,14 +156,20 @@ def _of_weights(ffn: FFN, statistics: Mapping[str, Any], using: Read) -> dict[st
     return {name: part.cpu() for name, part in columns.items()}
 
 
+def _written(ffn: FFN, activation: Float[Tensor, " d_mlp"]) -> Float[Tensor, "d_mlp d_model"]:
+    """The values with the signs of these activations; one that is 0 writes nothing: its sign is a convention."""
+    sign = activation.sign().to(ffn.values)
+    return ffn.values * torch.where(sign == 0, ffn.gauge.sign(), sign)[:, None]
+
+
 def _of_triggers(ffn: FFN, statistics: Mapping[str, Any], using: Read) -> dict[str, Tensor]:
     top = statistics[f"neuron_roles/{ffn.layer}/top"].compute()
     activation, ids = top.activation.cpu(), using.tokens.ids.flatten()[top.at.cpu()]
     active = (activation != 0 if ffn.gated else activation > 0).sum(1)
     token = commonest(ids)
     there = torch.where(ids == token[:, None], activation, 0).sum(1)
-    written = ffn.values.cpu() * torch.where(there < 0, -1.0, 1.0)[:, None]
-    lowers, lowers_alike = against(written, token, alike(using.tokens, token), using.vocabulary.rows)
+    near = alike(using.tokens, token)
+    lowers, lowers_alike = against(_written(ffn, there).cpu(), token, near, using.vocabulary.rows)
     return {
         "trigger": token,
         "trigger_tokens": torch.where(active == using.triggers, covering(ids, using.rules.covered), ids.numel()),

@@ -27,9 +27,9 @@ class Spread(NamedTuple):
 class Vocabulary:
     """An unembedding, with all that is needed of it to read directions: their length changes nothing here.
 
-    >>> v = Vocabulary.of(torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]))
+    >>> v = Vocabulary.of(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
     >>> v.spread(torch.tensor([[3.0, 0.0]])).variance, v.logit_variance(torch.tensor([[3.0, 0.0]]))
-    (tensor([0.5000], dtype=torch.float64), tensor([1.4000], dtype=torch.float64))
+    (tensor([0.5000], dtype=torch.float64), tensor([1.6000], dtype=torch.float64))
     """
 
     rows: Float[Tensor, "d_vocab d_model"]
@@ -99,7 +99,9 @@ class Vocabulary:
 
     def random(self, n: int, seed: int) -> Float[Tensor, "n d_model"]:
         """Gaussian directions of that space."""
-        drawn = torch.randn(n, self.rows.shape[1], generator=torch.Generator().manual_seed(seed)).to(self.rows)
+        # away from the small seeds, one of which may have made the very rows
+        generator = torch.Generator().manual_seed(1_000_003 * seed + 2**31)
+        drawn = torch.randn(n, self.rows.shape[1], generator=generator).to(self.rows)
         return drawn - drawn.mean(dim=1, keepdim=True) if self.centred else drawn
 
     def _tiles(self) -> Iterator[Float[Tensor, "tile d_model"]]:
