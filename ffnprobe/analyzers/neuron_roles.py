@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from math import ceil
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
@@ -102,7 +102,8 @@ class NeuronRoles(Result):
             f"{said('positional')} know the position, {said('entropy')} are large in late layers and move no "
             f"logit against another, {said('sink_writer')} write at attention sinks above all.",
             f"{sum(row.dead for row in self.rows):,} were never active on {fewest:,} or more ordinary tokens: "
-            f"each is active on fewer than {3 / fewest:.2g} of them (95%).",
+            f"each is active on fewer than {3 / fewest:.2g} of them (95%). The median neuron writes with one sign at "
+            f"{median(row.one_sign for row in self.rows):.0%} of its triggers.",
         ]
 
     def verdicts(self) -> list[Verdict]:
@@ -184,7 +185,7 @@ class NeuronRoles(Result):
             color=GREEN,
             label="against tokens alike",
         )
-        reads.set(xlabel="layer", ylabel="%", ylim=(0, 100))
+        reads.set(xlabel="layer", ylabel="share of neurons, of detectors (%)", ylim=(0, 100))
         writes.set_title("Values that speak")
         reads.set_title("Token detectors")
         others.set_title("Neurons that retrieve no text")
