@@ -102,8 +102,8 @@ class NeuronRoles(Result):
             f"{said('positional')} know the position, {said('entropy')} are large in late layers and move no "
             f"logit against another, {said('sink_writer')} write at attention sinks above all.",
             f"{sum(row.dead for row in self.rows):,} were never active on {fewest:,} or more ordinary tokens: "
-            f"each is active on fewer than {3 / fewest:.2g} of them (95%). The median neuron writes with one sign at "
-            f"{median(row.one_sign for row in self.rows):.0%} of its triggers.",
+            f"each is active on fewer than {3 / fewest:.2g} of them (95%). The median neuron writes with one sign "
+            f"at {median(row.one_sign for row in self.rows):.0%} of its triggers.",
         ]
 
     def verdicts(self) -> list[Verdict]:
