@@ -8,6 +8,7 @@ from .analyzers import memory_edit as memory_edit
 from .analyzers import memory_use as memory_use
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
+from .analyzers import neuron_roles as neuron_roles
 from .analyzers import recall as recall
 from .analyzers import svd_directions as svd_directions
 from .analyzers import weight_rank as weight_rank
@@ -24,7 +25,9 @@ from .models import tokenizer_of as tokenizer_of
 from .result import Result as Result
 from .statistics import CoActivation as CoActivation
 from .statistics import Count as Count
+from .statistics import FiringByPosition as FiringByPosition
 from .statistics import FiringRate as FiringRate
+from .statistics import Magnitudes as Magnitudes
 from .statistics import Marginals as Marginals
 from .statistics import Moments as Moments
 from .statistics import SketchedMoments as SketchedMoments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "identity": lambda z: z,
 }
+
+
+class Folding(NamedTuple):
+    """What lies around a layer: the norm in front (gain, bias, and whether it centres), the gain of one behind."""
+
+    gain: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    centres: bool
+    behind: Float[Tensor, " d_model"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +131,43 @@ class FFN:
         key_bias = None if wide.key_bias is None else wide.key_bias * gauge
         return replace(
             wide, keys=wide.keys * gauge[:, None], key_bias=key_bias, values=wide.values / gauge[:, None]
+        )
+
+    def folded(self, around: Folding) -> FFN:
+        """The layer with the norms around it taken into its weights: new tensors, in float32 at least.
+
+        Gain and bias of the norm in front go into keys, gates and their biases, so that hidden(x̂) is what the
+        layer makes of gain * x̂ + bias. Where that norm is a LayerNorm, keys and gates are centred over d_model,
+        which no x̂ of mean 0 notices, and so are values and output bias: every LayerNorm takes the mean off again.
+        The gain of a norm behind the layer goes into the values; what it divides by differs from token to token.
+
+        >>> ffn = FFN(layer=0, keys=torch.eye(2), values=torch.eye(2), activation="relu")
+        >>> ffn.folded(Folding(torch.tensor([4.0, 1.0]), torch.tensor([0.5, 0.0]), centres=True)).keys
+        tensor([[ 2.0000, -2.0000],
+                [-0.5000,  0.5000]])
+        """
+        wide = self.wide()
+        gain, bias = around.gain.to(wide.keys), around.bias.to(wide.keys)
+
+        def centred(rows: Tensor) -> Tensor:
+            return rows - rows.mean(dim=-1, keepdim=True) if around.centres else rows.clone()
+
+        def through(rows: Tensor, offset: Tensor | None) -> Tensor | None:
+            if offset is None:
+                return rows @ bias if bias.any() else None
+            return rows @ bias + offset
+
+        def written(rows: Tensor) -> Tensor:
+            return centred(rows if around.behind is None else rows * around.behind.to(rows))
+
+        return replace(
+            wide,
+            keys=centred(wide.keys * gain),
+            key_bias=through(wide.keys, wide.key_bias),
+            gates=None if wide.gates is None else centred(wide.gates * gain),
+            gate_bias=None if wide.gates is None else through(wide.gates, wide.gate_bias),
+            values=written(wide.values),
+            bias=None if wide.bias is None else written(wide.bias),
         )
 
     def randomised(self, seed: int = 0) -> FFN:

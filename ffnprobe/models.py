@@ -29,10 +29,11 @@ from transformers.pytorch_utils import Conv1D
 from ffnprobe.check import ModelCheck as ModelCheck
 from ffnprobe.check import check
 from ffnprobe.errors import InputError, ModelRefused
-from ffnprobe.ffn import FFN
+from ffnprobe.ffn import FFN, Folding
 from ffnprobe.hub import BUILT_IN as BUILT_IN
 from ffnprobe.hub import Say, locate, log, provenance, quiet
 from ffnprobe.hub import fetch as fetch
+from ffnprobe.norms import measure, norms_before
 from ffnprobe.placement import (
     DeviceMap,
     dispatched,
@@ -55,6 +56,7 @@ class _Loaded:
 
 
 Model = TransformerBridge
+VIEWS = ("folded", "raw")
 
 # beside the bridge, not on it: an attribute that is a module would be registered as its child
 _LOADED: WeakKeyDictionary[TransformerBridge, _Loaded] = WeakKeyDictionary()
@@ -320,8 +322,18 @@ def attention_output(model: TransformerBridge, layer: int) -> nn.Module:
     return plain(model).get_submodule(block.name).get_submodule(attention.name).get_submodule(attention.o.name)
 
 
-def ffns(model: TransformerBridge) -> list[FFN]:
-    """One FFN a feed-forward layer; in a hybrid model `FFN.layer` says which layer it is."""
+def ffns(model: TransformerBridge, view: str = "raw") -> list[FFN]:
+    """One FFN a feed-forward layer; in a hybrid model `FFN.layer` says which layer it is.
+
+    raw: views of the model's weights. folded: new tensors, with the norms around the layer taken into them (see
+    `foldings`); as many bytes again as the feed-forward weights in float32.
+
+    Raises:
+        InputError: no such view.
+        ModelRefused: with `folded`, it cannot be told what a layer reads through.
+    """
+    if view not in VIEWS:
+        raise InputError(f'view "{view}" is unknown: choose from {", ".join(VIEWS)}')
     read = taps(model)
     found = []
     for tap, activation in zip(read, activations(plain(model), read, _few_tokens(model)), strict=True):
@@ -332,6 +344,32 @@ def ffns(model: TransformerBridge) -> list[FFN]:
             gate_bias, key_bias = (None, None) if key_bias is None else key_bias.chunk(2)
         out, bias = _matrix(tap.down)
         found.append(FFN(tap.layer, keys, out.T, activation, gates, key_bias, gate_bias, bias))
+    if view == "raw":
+        return found
+    how = foldings(model)
+    return [ffn.folded(how[ffn.layer]) for ffn in found]
+
+
+def foldings(model: TransformerBridge) -> dict[int, Folding]:
+    """By layer, what `FFN.folded` takes in: the norm in front, measured, and the gain of one behind.
+
+    Raises:
+        ModelRefused: what a layer reads is not what a norm wrote, though the block has norms in front.
+    """
+    read, found = taps(model), {}
+    norms = norms_before(plain(model), read, _few_tokens(model))
+    for tap, block in zip(read, (b for b in model.blocks if getattr(b, "mlp", None) is not None), strict=True):
+        behind, norm, like = output_gain(model, tap.layer), norms[tap.layer], _matrix(tap.up)[0][:1]
+        if norm is not None:
+            gain, bias, centred = measure(norm, like)
+            found[tap.layer] = Folding(gain, bias, centred, behind)
+        elif hasattr(block, "ln2_post") and not hasattr(block, "ln1"):  # OLMo 2 reads the stream itself
+            found[tap.layer] = Folding(torch.ones_like(like[0]), torch.zeros_like(like[0]), False, behind)
+        else:
+            raise ModelRefused(
+                f"{_loaded(model).name}: what the feed-forward of layer {tap.layer} reads is not the output of "
+                "one norm, so none can be folded into it: use raw weights"
+            )
     return found
 
 
@@ -381,7 +419,7 @@ def output_gain(model: TransformerBridge, layer: int) -> Float[Tensor, " d_model
     if not hasattr(block, "ln2_post"):
         return None
     norm: Any = plain(model).get_submodule(block.name).get_submodule(block.ln2_post.name)
-    return _gain(norm, norm.weight.detach()[None])[0]
+    return measure(norm, norm.weight.detach()[None]).gain
 
 
 def why_illegible(model: TransformerBridge) -> str | None:
@@ -406,8 +444,8 @@ def unembedding(model: TransformerBridge, view: str = "folded") -> Float[Tensor,
     Refused where the last block's output does not reach the unembedding through one norm: BERT has a
     dense layer and a GELU in between, OPT-350m a projection.
     """
-    if view not in ("folded", "raw"):
-        raise InputError(f'view "{view}" is unknown: choose from folded, raw')
+    if view not in VIEWS:
+        raise InputError(f'view "{view}" is unknown: choose from {", ".join(VIEWS)}')
     twin = plain(model)
     head: Any = twin.get_output_embeddings()
     if head is None:
@@ -425,7 +463,7 @@ def unembedding(model: TransformerBridge, view: str = "folded") -> Float[Tensor,
             f"{_loaded(model).name} has other than one norm between its last block and its unembedding, so "
             "values cannot be read in the vocabulary"
         )
-    gain, centres = _gain(norm, rows)
+    gain, _, centres = measure(norm, rows)
     wide = torch.promote_types(rows.dtype, torch.float32)  # the order of tokens is that of close numbers
     folded = rows.to(wide) * gain.to(wide)
     if centres:
@@ -433,19 +471,3 @@ def unembedding(model: TransformerBridge, view: str = "folded") -> Float[Tensor,
     if not model.cfg.output_logits_soft_cap > 0:
         folded = folded - folded.mean(dim=0, keepdim=True)
     return folded
-
-
-@torch.inference_mode()
-def _gain(norm: nn.Module, like: Float[Tensor, "_ d_model"]) -> tuple[Float[Tensor, " d_model"], bool]:
-    """What the norm multiplies by, and whether it takes the mean off: measured, whatever it is called."""
-    d_model = like.shape[1]
-    half = d_model // 2
-    x = torch.full((d_model,), float(-half)).to(like)  # mean 0 and no entry 0, in any dimension
-    x[:half] = d_model - half
-    x *= 1e3 / x.norm() * d_model**0.5  # far above the norm's epsilon
-
-    def through(x: Tensor) -> Tensor:
-        return norm(x).to(x)  # back from the norm's own device
-
-    gain = (through(x) - through(-x)) / 2 / (x * 1e-3)
-    return gain, torch.allclose(through(x + 1e3), through(x), atol=1e-3 * float(gain.abs().max()))

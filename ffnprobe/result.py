@@ -56,6 +56,12 @@ class Result:
     name: ClassVar[str]
     question: ClassVar[str]
     row_type: ClassVar[type]
+    table: ClassVar[str | None] = None  # what its file is called in a run; as the analyzer, if None
+
+    @classmethod
+    def path(cls, folder: str | Path) -> Path:
+        """Of the table in the folder of a run's tables."""
+        return Path(folder) / f"{cls.table or cls.name}.parquet"
 
     def to_frame(self) -> pd.DataFrame:
         """One line a row, one column a field."""

@@ -59,7 +59,7 @@ def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_pa
     assert code == 0, complained
     assert printed.count("\n* ") == 3 and str(out / "report.html") in printed
     assert "running 3 layers over 1,024 tokens" in complained
-    names = set(ANALYSES)
+    names = {analysis.kind.table or name for name, analysis in ANALYSES.items()}
     assert {path.stem for path in (out / "tables").iterdir()} == names
     assert {path.name for path in (out / "figures").iterdir()} == {
         f"{n}.{kind}" for n in names for kind in ("svg", "png")
@@ -83,7 +83,8 @@ def test_a_report_on_a_tiny_model_shows_its_family(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, complained = run("report", "tiny-x4", "--tokens", "1024", "--out", "run")
     assert code == 0, complained
-    names = {*ANALYSES, "expansion", "expansion_fits", "recall"}
+    names = {analysis.kind.table or name for name, analysis in ANALYSES.items()}
+    names |= {"expansion", "expansion_fits", "recall"}
     assert {path.stem for path in Path("run/tables").iterdir()} == names
     family = pd.read_parquet("run/tables/expansion.parquet")
     assert set(family.model) == set(MEMBERS) and set(family.state) == set(STATES)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ffnprobe.ffn import ACTIVATIONS, FFN
+from ffnprobe.ffn import ACTIVATIONS, FFN, Folding
 from ffnprobe.models import ffns
 
 
@@ -100,3 +100,23 @@ def test_canonical_is_the_same_function_whatever_the_scale_and_sign_of_its_neuro
 def test_canonical_leaves_a_plain_layer_alone(gpt2):
     ffn = ffns(gpt2)[0]
     assert ffn.canonical() is ffn
+
+
+@pytest.mark.parametrize("centres", [True, False])
+def test_folding_takes_the_norms_around_into_the_weights(ffn: FFN, x: torch.Tensor, centres: bool):
+    draw = torch.randn(3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gain, bias, behind = draw[0], draw[1], draw[2]
+    folded = ffn.folded(Folding(gain, bias, centres, behind))
+    x = x - x.mean(-1, keepdim=True) if centres else x
+    h = ffn.hidden(x * gain + bias)
+    torch.testing.assert_close(folded.hidden(x), h)
+    y = ffn.write(h) * behind
+    torch.testing.assert_close(folded.write(h), y - y.mean(-1, keepdim=True) if centres else y)
+
+
+def test_folding_leaves_the_layer_itself_alone(ffn: FFN):
+    before = ffn.keys.clone(), ffn.values.clone()
+    bare = Folding(torch.full((4,), 2.0), torch.zeros(4), centres=False)
+    assert torch.equal(ffn.folded(bare).keys, 2 * before[0])
+    assert torch.equal(ffn.keys, before[0]) and torch.equal(ffn.values, before[1])
+    assert replace(ffn, key_bias=None).folded(bare).key_bias is None, "no norm bias, so none appears"

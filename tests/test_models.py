@@ -20,7 +20,18 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from ffnprobe import hub, models
 from ffnprobe.check import check
 from ffnprobe.errors import InputError, MachineError, ModelRefused
-from ffnprobe.models import check_model, describe, ffns, load_model, plain, taps, tokenizer_of, unembedding
+from ffnprobe.models import (
+    check_model,
+    describe,
+    ffns,
+    load_model,
+    output_gain,
+    plain,
+    taps,
+    tokenizer_of,
+    unembedding,
+)
+from ffnprobe.norms import norms_before
 from ffnprobe.taps import recording
 
 ModelOf = Callable[[str], TransformerBridge]
@@ -443,6 +454,42 @@ def test_the_raw_unembedding_is_the_stored_one(gpt2: TransformerBridge):
     assert unembedding(gpt2, "raw").data_ptr() == plain(gpt2).get_parameter("lm_head.weight").data_ptr()
     with pytest.raises(InputError, match='view "cooked" is unknown: choose from folded, raw'):
         unembedding(gpt2, "cooked")
+
+
+@pytest.mark.parametrize("architecture", sorted(set(KNOWN)))
+def test_a_folded_layer_reads_the_norms_input_and_writes_what_the_stream_takes(
+    architecture: str, model_of: ModelOf
+):
+    """hidden(x̂) is the model's own h, from the norm's input without its gain; write(h) is y, centred."""
+    model = model_of(architecture)
+    tap, ffn = taps(model)[1], ffns(model, "folded")[1]
+    ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(1))
+    norm = norms_before(plain(model), [tap], ids)[1]
+    modules = {"up": tap.up, "down": tap.down} | ({"norm": norm} if norm else {})
+    with recording(modules) as calls, torch.inference_mode():
+        plain(model)(ids)
+    (h, y), x = calls["down"][0], calls["norm" if norm else "up"][0][0]
+    if norm is not None:
+        centred = x if "RMS" in type(norm).__name__ else x - x.mean(-1, keepdim=True)
+        epsilon = getattr(norm, "eps", None) or norm.variance_epsilon
+        x = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+    assert (ffn.hidden(x) - h).norm() < 1e-5 * h.norm()
+    behind = output_gain(model, 1)
+    y = y if behind is None else y * behind
+    if norm is not None and "RMS" not in type(norm).__name__:
+        y = y - y.mean(-1, keepdim=True)
+        assert float(ffn.keys.mean(1).abs().max()) < 1e-6
+    assert (ffn.write(h) - y).norm() < 1e-5 * y.norm()
+    assert ffn.values.data_ptr() != ffns(model)[1].values.data_ptr()
+
+
+def test_a_layer_behind_no_norm_is_not_folded_in_silence(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ffnprobe.models.norms_before", lambda model, taps, ids: dict.fromkeys(range(3)))
+    assert len(ffns(model_of("olmo2"), "folded")) == 3, "its FFNs do read the stream itself"
+    with pytest.raises(ModelRefused, match="what the feed-forward of layer 0 reads is not the output of one norm"):
+        ffns(model_of("gpt2"), "folded")
+    with pytest.raises(InputError, match='view "cooked" is unknown'):
+        ffns(model_of("gpt2"), "cooked")
 
 
 def test_values_of_bert_are_not_read_through_its_head(model_of: ModelOf):

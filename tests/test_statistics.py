@@ -8,7 +8,9 @@ import ffnprobe.statistics
 from ffnprobe.statistics import (
     CoActivation,
     Count,
+    FiringByPosition,
     FiringRate,
+    Magnitudes,
     Marginals,
     Moments,
     SketchedMoments,
@@ -28,7 +30,9 @@ AT = torch.randperm(1000, generator=GENERATOR)[:N].sort().values
 MAKERS = {
     CoActivation: lambda: CoActivation.about(X[:3], share=0.5),
     Count: lambda: Count.about(X[:3]),
+    FiringByPosition: lambda: FiringByPosition.about(X[:3], length=30, ranges=7),
     FiringRate: lambda: FiringRate.about(X[:3]),
+    Magnitudes: lambda: Magnitudes.about(X[:3]),
     Marginals: lambda: Marginals.about(X[:3]),
     Moments: lambda: Moments.about(X[:3]),
     SketchedMoments: lambda: SketchedMoments.about(X[:3], k=8),
@@ -202,6 +206,46 @@ def test_firing_rate_counts_positives_only():
     rate = FiringRate.about(torch.zeros(1, 3))
     rate.update(torch.tensor([[1.0, 0.0, -1.0], [2.0, -0.0, 3.0]]), torch.arange(2))
     assert rate.compute().tolist() == [1.0, 0.0, 0.5]
+
+
+def test_firing_by_position_is_the_slow_count_and_its_information_that_of_sklearn():
+    from sklearn.metrics import mutual_info_score
+
+    generator = torch.Generator().manual_seed(5)
+    x, at = torch.randn(500, 4, generator=generator), torch.randperm(900, generator=generator)[:500]
+    x[:, 1] = (at % 30 < 15).float()  # says which half
+    x[:, 2], x[:, 3] = -1, 1  # never and always
+    statistic = FiringByPosition.about(x[:1], length=30, ranges=7)
+    for rows in torch.arange(500).split(211):
+        statistic.update(x[rows], at[rows])
+    found, place = statistic.compute(), [int(a) % 30 * 7 // 30 for a in at]
+    for i in range(7):
+        there = torch.tensor([p == i for p in place])
+        assert int(found.tokens[i]) == int(there.sum())
+        assert found.positive[i].tolist() == (x[there] > 0).sum(0).tolist()
+    counted = [mutual_info_score((x[:, j] > 0).tolist(), place) for j in range(4)]
+    information = found.information()
+    assert float(information[0]) == pytest.approx(counted[0] - 6 / 1000)  # (7 - 1)(2 - 1) / 2n
+    assert float(information[1]) == pytest.approx(counted[1], abs=0.01) and float(information[1]) > 0.5
+    assert information[2:].tolist() == pytest.approx([0, 0], abs=1e-12)  # what never changes says nothing
+
+
+def test_information_of_firing_that_knows_no_position_is_zero_in_the_mean():
+    x = torch.randn(2000, 300, generator=torch.Generator().manual_seed(6))
+    statistic = FiringByPosition.about(x[:1], length=64)
+    statistic.update(x, torch.arange(2000))
+    information = statistic.compute().information()
+    assert abs(float(information.mean())) < 4 * (2 * 31) ** 0.5 / 4000 / 300**0.5
+    assert float(information.min()) < 0 < float(information.max())
+
+
+def test_magnitudes_are_the_mean_and_the_variance_of_sizes():
+    x = torch.randn(300, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) * 3 - 1
+    magnitudes = Magnitudes.about(x[:1])
+    magnitudes.update(x, torch.arange(300))
+    found = magnitudes.compute()
+    assert torch.allclose(found.mean, x.abs().mean(0))
+    assert torch.allclose(found.variance, x.abs().var(0, correction=0))
 
 
 @pytest.mark.parametrize("by_magnitude", [False, True])

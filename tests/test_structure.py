@@ -14,7 +14,7 @@ RANKS = (
     ("errors", "spectrum", "family", "scaling"),
     ("disk", "shipped", "ffn", "clustering", "statistics", "vocabulary", "backoff", "memory"),
     ("result", "figure", "taps", "hub", "lock", "tensors"),
-    ("check", "manifest", "placement"),
+    ("check", "manifest", "norms", "placement"),
     ("models", "corpus", "executors"),
     ("forward", "fingerprint"),
     ("sinks",),

@@ -19,6 +19,8 @@ from .nested import Nested as Nested
 from .nested import nested as nested
 from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
+from .neuron_roles import NeuronRoles as NeuronRoles
+from .neuron_roles import neuron_roles as neuron_roles
 from .recall import Recall as Recall
 from .recall import recall as recall
 from .svd_directions import SVDDirections as SVDDirections

@@ -12,6 +12,7 @@ from ..analyzers import (
     Memories,
     MemoryUse,
     NeuronClusters,
+    NeuronRoles,
     SVDDirections,
     WeightRank,
     hidden_rank,
@@ -19,17 +20,19 @@ from ..analyzers import (
     memories,
     memory_use,
     neuron_clusters,
+    neuron_roles,
     svd_directions,
     weight_rank,
 )
 from ..analyzers.knockout import probes as knockout_probes
 from ..analyzers.memories import probes as memory_probes
 from ..analyzers.rank_probes import probes as rank_probes
+from ..analyzers.roles import probes as role_probes
 from ..corpus import Tokens
 from ..errors import InputError, ModelRefused
 from ..ffn import FFN
 from ..intervene import check_causal, predictable
-from ..models import Model, why_illegible
+from ..models import Model, foldings, unembedding, why_illegible
 from ..result import Result
 from ..shards import Work
 from ..statistics import Statistic
@@ -70,7 +73,7 @@ class Inputs:
         return self.collecting | {"statistics": self.statistics}
 
 
-def _nothing(layers: Sequence[FFN], settings: Settings) -> dict[str, Probe]:
+def _nothing(layers: Sequence[FFN], settings: Settings, tokens: Tokens) -> dict[str, Probe]:
     return {}
 
 
@@ -84,7 +87,7 @@ class Analysis:
 
     kind: type[Result]
     run: Callable[[Inputs], Result]
-    probes: Callable[[Sequence[FFN], Settings], dict[str, Probe]] = _nothing
+    probes: Callable[[Sequence[FFN], Settings, Tokens], dict[str, Probe]] = _nothing
     why_not: Callable[[Model], str | None] = lambda model: None
     too_little: Callable[[Tokens], str | None] = lambda tokens: None
     of_each_layer: bool = True
@@ -96,6 +99,20 @@ def _no_loss(model: Model) -> str | None:
     except ModelRefused as error:
         return str(error)
     return None
+
+
+def _unfoldable(model: Model) -> str | None:
+    try:
+        unembedding(model), foldings(model)
+    except ModelRefused as error:
+        return str(error)
+    return None
+
+
+def _sets(of: Inputs) -> dict[str, dict[int, list[int]]] | None:
+    """The neurons of each role, if any was found; else what `knockout` takes by itself."""
+    roles = of.results.get("neuron_roles")
+    return (isinstance(roles, NeuronRoles) and roles.sets()) or None
 
 
 def _held_out(tokens: Tokens) -> int:
@@ -117,22 +134,28 @@ ANALYSES: Mapping[str, Analysis] = {
     "hidden_rank": Analysis(
         HiddenRank,
         lambda of: hidden_rank(*of.measured, budget=of.settings.budget, **of.streamed),
-        lambda layers, settings: rank_probes(layers, settings.seed, settings.budget),
+        lambda layers, settings, _: rank_probes(layers, settings.seed, settings.budget),
     ),
     "memories": Analysis(
         Memories,
         lambda of: memories(*of.measured, **of.streamed),
-        lambda layers, _: memory_probes(layers),
+        lambda layers, *_: memory_probes(layers),
         why_illegible,
     ),
     "memory_use": Analysis(MemoryUse, lambda of: memory_use(*of.measured, **of.collecting), why_not=why_illegible),
+    "neuron_roles": Analysis(
+        NeuronRoles,
+        lambda of: neuron_roles(*of.measured, **of.streamed),
+        lambda layers, _, tokens: role_probes(layers, tokens.ids.shape[1]),
+        _unfoldable,
+    ),
     "svd_directions": Analysis(
         SVDDirections, lambda of: svd_directions(of.work.model, **of.shared), why_not=why_illegible
     ),
     "knockout": Analysis(
         Knockout,
-        lambda of: knockout(*of.measured, held_out=_held_out(of.work.tokens), **of.streamed),
-        lambda layers, _: knockout_probes(layers),
+        lambda of: knockout(*of.measured, _sets(of), held_out=_held_out(of.work.tokens), **of.streamed),
+        lambda layers, *_: knockout_probes(layers),
         _no_loss,
         _one_document,
         of_each_layer=False,

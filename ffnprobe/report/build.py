@@ -54,7 +54,7 @@ def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     check_documents(tokens)
     wanted: dict[str, Probe] = {}
     for analysis in analyses_of(settings, model, tokens, say).values():
-        wanted |= analysis.probes(measured, settings)
+        wanted |= analysis.probes(measured, settings, tokens)
     if not wanted:  # nobody asked for activations: they are counted, and the run is one all the same
         wanted["count"] = Probe(min(chosen), "post", Count.about)
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
@@ -84,7 +84,7 @@ def build_report(
         _say_skipped(outcome.statistics, say)
         measured = []
         for name, result in measure(settings, work, outcome.statistics, settings.layers, say):
-            result.save(Path(out) / "tables" / f"{name}.parquet")
+            result.save(result.path(Path(out) / "tables"))
             measured.append(name)
         tables = [*measured, *add_family(settings.model, Path(out) / "tables")]
         seconds = outcome.seconds + time.perf_counter() - started
@@ -103,7 +103,7 @@ def add_family(model: str, tables: Path) -> list[str]:
         return []
     for stem, kind in FAMILY.items():
         measured = shipped(f"expansion/{stem}.parquet", f"the table {stem}", "run the scripts of analyses/")
-        kind.load(measured).save(tables / f"{kind.name}.parquet")
+        kind.load(measured).save(kind.path(tables))
     return [kind.name for kind in FAMILY.values()]
 
 
@@ -137,7 +137,7 @@ def render_run(folder: str | Path) -> list[str]:
     if (about := recorded.get("about")) is None:
         raise InputError(f"{folder} is not finished: give the command that began it again")
     kinds = [kind for kind in RESULTS if kind.name in recorded["tables"]]
-    results = [kind.load(folder / "tables" / f"{kind.name}.parquet") for kind in kinds]
+    results = [kind.load(kind.path(folder / "tables")) for kind in kinds]
     draw(folder, about, results)
     return top_findings(results)
 

@@ -152,7 +152,7 @@ def plan_report(
             results.append(result)
             seconds["analyses"] += clock.lap() * (share if ANALYSES[name].of_each_layer else 1)
         for result in results:
-            result.save(scratch / "tables" / f"{result.name}.parquet")
+            result.save(result.path(scratch / "tables"))
         seconds["analyses"] += clock.lap()
         tables = share * _bytes(scratch)
         draw(scratch, about_of(settings, work, out, 0.0, {}), results)

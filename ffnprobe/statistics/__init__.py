@@ -5,7 +5,11 @@ from .base import Statistic as Statistic
 from .co_activation import CoActivation as CoActivation
 from .co_activation import CoActive as CoActive
 from .count import Count as Count
+from .firing_by_position import ByPosition as ByPosition
+from .firing_by_position import FiringByPosition as FiringByPosition
 from .firing_rate import FiringRate as FiringRate
+from .magnitudes import Magnitude as Magnitude
+from .magnitudes import Magnitudes as Magnitudes
 from .marginals import Marginal as Marginal
 from .marginals import Marginals as Marginals
 from .moments import Covariance as Covariance
