@@ -56,7 +56,7 @@ class NeuronRoles(Result):
     table: ClassVar[str | None] = "neurons"
 
     def sets(self) -> dict[str, dict[int, list[int]]]:
-        """The neurons of each role that has any, by layer: what `knockout` takes. The dead have nothing to lose."""
+        """The neurons of each role, by layer, for `knockout`. The dead have nothing to lose."""
         found: dict[str, dict[int, list[int]]] = {}
         for row in self.rows:
             for role in ROLES:
