@@ -14,7 +14,10 @@ from matplotlib.text import Text
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ffnprobe.models import load_model
+from ffnprobe.corpus import Tokens
+from ffnprobe.models import load_model, plain
+
+LENGTH = 64
 
 torch.set_num_threads(1)  # on matrices this small a second thread only waits
 
@@ -51,6 +54,22 @@ def planted(folder_of: Callable[[str], Path]) -> Callable[..., TransformerBridge
         with torch.no_grad():
             edit(hf)
         return load_model(hf, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Callable[..., Tokens]:
+    """`tokens(model)`: random text of many short documents, each behind the special id 0."""
+
+    def make(model: TransformerBridge, sequences: int = 8, document: int = 16) -> Tokens:
+        n = sequences * LENGTH
+        vocabulary = plain(model).get_input_embeddings().weight.shape[0]
+        ids = torch.randint(1, vocabulary, (n,), generator=torch.Generator().manual_seed(0))
+        special = torch.arange(n) % document == 0
+        ids[special] = 0
+        parts = (ids, torch.arange(n) // document, special)
+        return Tokens(*(part.view(-1, LENGTH) for part in parts), {})
 
     return make
 

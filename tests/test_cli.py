@@ -19,6 +19,8 @@ from ffnprobe.errors import InputError
 from ffnprobe.family import MEMBERS
 from ffnprobe.report.analyses import ANALYSES
 
+FEW = ("--only", "hidden_rank,memories")
+
 
 @pytest.fixture
 def run(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
@@ -59,13 +61,13 @@ def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_pa
     assert code == 0, complained
     assert printed.count("\n* ") == 3 and str(out / "report.html") in printed
     assert "running 3 layers over 1,024 tokens" in complained
-    names = {analysis.kind.table or name for name, analysis in ANALYSES.items()}
-    assert {path.stem for path in (out / "tables").iterdir()} == names
+    tables = {analysis.kind.table or name for name, analysis in ANALYSES.items()}
+    assert {path.stem for path in (out / "tables").iterdir()} == tables
     assert {path.name for path in (out / "figures").iterdir()} == {
-        f"{n}.{kind}" for n in names for kind in ("svg", "png")
+        f"{n}.{kind}" for n in ANALYSES for kind in ("svg", "png")
     }
     page = (out / "report.html").read_text()
-    assert page.count("<img") == 4 and "not measured" in page
+    assert page.count("<img") == len(ANALYSES) and "not measured" in page
     if architecture == "llama":
         drawn = {path: path.read_bytes() for path in [*(out / "figures").iterdir(), out / "report.html"]}
         for path in drawn:
@@ -81,10 +83,9 @@ def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_pa
 @pytest.mark.usefixtures("sketched")
 def test_a_report_on_a_tiny_model_shows_its_family(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, complained = run("report", "tiny-x4", "--tokens", "1024", "--out", "run")
+    code, _, complained = run("report", "tiny-x4", "--tokens", "1024", "--only", "weight_rank", "--out", "run")
     assert code == 0, complained
-    names = {analysis.kind.table or name for name, analysis in ANALYSES.items()}
-    names |= {"expansion", "expansion_fits", "recall"}
+    names = {"weight_rank", "expansion", "expansion_fits", "recall"}
     assert {path.stem for path in Path("run/tables").iterdir()} == names
     family = pd.read_parquet("run/tables/expansion.parquet")
     assert set(family.model) == set(MEMBERS) and set(family.state) == set(STATES)
@@ -105,7 +106,7 @@ def test_the_same_report_twice_has_the_same_tables(folder_of, run, tmp_path):
 
 @pytest.mark.usefixtures("sketched")
 def test_a_folder_that_holds_another_run_is_not_overwritten(folder_of, run, tmp_path):
-    options = ("--tokens", "512", "--out", tmp_path / "run")
+    options = ("--tokens", "512", "--only", "weight_rank", "--out", tmp_path / "run")
     assert run("report", folder_of("gpt2"), "--layers", "0", *options)[0] == 0
     before = (tmp_path / "run" / "report.html").read_bytes()
     code, _, complained = run("report", folder_of("gpt2"), "--layers", "1", *options)
@@ -114,11 +115,11 @@ def test_a_folder_that_holds_another_run_is_not_overwritten(folder_of, run, tmp_
 
 
 def test_precision_and_placement_are_said_and_hold_for_the_whole_run(folder_of, run, tmp_path):
-    options = ("--tokens", "512", "--layers", "0", "--device-map", "auto", "--out", tmp_path / "run")
+    options = ("--tokens", "512", "--layers", "0", *FEW, "--device-map", "auto", "--out", tmp_path / "run")
     assert run("report", folder_of("llama"), *options, "--dtype", "bfloat16")[0] == 0
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())
     assert recorded["plan"]["dtype"] == recorded["about"]["model"]["dtype"] == "bfloat16"
-    assert " --dtype bfloat16 --device-map auto " in recorded["about"]["command"]
+    assert " --dtype bfloat16 --device-map auto --only hidden_rank,memories " in recorded["about"]["command"]
     code, _, complained = run("report", folder_of("llama"), *options)
     assert code == 2 and "holds another run (dtype 'bfloat16', now 'float32')" in complained
     options = ("--dtype", "float16", "--device-map", "cpu")
@@ -253,14 +254,17 @@ def test_every_option_reaches_the_report(folder_of, run, tmp_path, monkeypatch):
         "--layers",
         "0,2",
     )
-    assert run("report", folder_of("gpt2"), *options, "--out", "my run")[0] == 0
+    assert run("report", folder_of("gpt2"), *options, *FEW, "--out", "my run")[0] == 0
     recorded = json.loads(Path("my run/run.json").read_text())
     assert recorded["corpus"]["name"] == "my corpus.jsonl"
     assert recorded["packing"]["seed"] == 3 and recorded["packing"]["tokens"] <= 480
     ranks = pd.read_parquet("my run/tables/hidden_rank.parquet")
     assert set(ranks.layer) == {0, 2} and ranks.sinks.max() > 0
     page = Path("my run/report.html").read_text()
-    command = "--tokens 480 --layers 0,2 --corpus 'my corpus.jsonl' --seed 3 --sink-factor 1.1 --out 'my run'"
+    command = (
+        "--tokens 480 --layers 0,2 --corpus 'my corpus.jsonl' --seed 3 --sink-factor 1.1 "
+        "--only hidden_rank,memories --out 'my run'"
+    )
     assert html.escape(command).replace("&#x27;", "&#39;") in page
     triggers = pd.read_parquet("my run/tables/memories.parquet").triggers
     assert any("railway" in t["before"] + t["token"] + t["after"] for t in triggers.iloc[0])
@@ -282,7 +286,7 @@ def test_a_model_whose_values_cannot_be_read_gets_a_report_without_memories(fold
 def test_a_short_context_gets_short_sequences(run, tmp_path, monkeypatch):
     monkeypatch.setitem(zoo.SIZES["gpt2"], "n_positions", 32)
     folder = zoo.save("gpt2", tmp_path / "short")
-    code, _, complained = run("report", folder, "--tokens", "512", "--layers", "0", "--out", tmp_path / "run")
+    code, _, complained = run("report", folder, "--tokens", "512", *FEW, "--out", tmp_path / "run")
     assert code == 0, complained
     assert json.loads((tmp_path / "run" / "run.json").read_text())["packing"]["length"] == 32
 

@@ -48,7 +48,21 @@ def model(folder_of):
 
 
 def report(model: Path, out: Path, *more: str) -> tuple:
-    return ("report", model, "--tokens", 1024, "--shard", 256, "--batch", 1, "--out", out, *more)
+    return (
+        "report",
+        model,
+        "--tokens",
+        1024,
+        "--shard",
+        256,
+        "--batch",
+        1,
+        "--only",
+        "hidden_rank,memories",
+        "--out",
+        out,
+        *more,
+    )
 
 
 def test_a_report_goes_on_after_signals_and_is_drawn_from_its_folder_alone(ffnprobe, model, tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ from ffnprobe.report.settings import Settings
 
 @pytest.fixture(scope="module")
 def settings(folder_of):
-    return Settings(str(folder_of("llama")), tokens=1024, batch=1, shard=256)
+    few = ("hidden_rank", "memories", "weight_rank")
+    return Settings(str(folder_of("llama")), tokens=1024, batch=1, shard=256, analyzers=few)
 
 
 @pytest.fixture(scope="module")
