@@ -61,10 +61,10 @@ def test_report_writes_the_whole_run_folder(architecture, folder_of, run, tmp_pa
     assert code == 0, complained
     assert printed.count("\n* ") == 3 and str(out / "report.html") in printed
     assert "running 3 layers over 1,024 tokens" in complained
-    tables = {analysis.kind.table or name for name, analysis in ANALYSES.items()}
+    tables = {"claims", *(analysis.kind.table or name for name, analysis in ANALYSES.items())}
     assert {path.stem for path in (out / "tables").iterdir()} == tables
     assert {path.name for path in (out / "figures").iterdir()} == {
-        f"{n}.{kind}" for n in ANALYSES for kind in ("svg", "png")
+        f"{n}.{kind}" for n in ("claims", *ANALYSES) for kind in ("svg", "png")
     }
     page = (out / "report.html").read_text()
     assert page.count("<img") == len(ANALYSES) and "not measured" in page
@@ -86,7 +86,7 @@ def test_a_report_on_a_tiny_model_shows_its_family(run, tmp_path, monkeypatch):
     code, _, complained = run("report", "tiny-x4", "--tokens", "1024", "--only", "weight_rank", "--out", "run")
     assert code == 0, complained
     names = {"weight_rank", "expansion", "expansion_fits", "recall"}
-    assert {path.stem for path in Path("run/tables").iterdir()} == names
+    assert {path.stem for path in Path("run/tables").iterdir()} == {"claims", *names}
     family = pd.read_parquet("run/tables/expansion.parquet")
     assert set(family.model) == set(MEMBERS) and set(family.state) == set(STATES)
     page = Path("run/report.html").read_text()
@@ -276,7 +276,12 @@ def test_a_model_whose_values_cannot_be_read_gets_a_report_without_memories(fold
     code, printed, complained = run("report", folder_of("bert"), "--tokens", "512", "--out", out)
     assert code == 0 and printed.count("\n* ") == 3
     assert "memories is left out: " in complained
-    assert {path.stem for path in (out / "tables").iterdir()} == {"hidden_rank", "weight_rank", "neuron_clusters"}
+    assert {path.stem for path in (out / "tables").iterdir()} == {
+        "claims",
+        "hidden_rank",
+        "weight_rank",
+        "neuron_clusters",
+    }
     code, printed, _ = run("check", folder_of("bert"))
     assert code == 0 and "not memories" in printed
     assert run("neuron", folder_of("bert"), "0.1")[0] == 3

@@ -1,5 +1,7 @@
 """One question a file."""
 
+from .claims import Claims as Claims
+from .claims import claims as claims
 from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from ..analyzers.claims import claims
 from ..analyzers.expansion import Expansion
 from ..analyzers.expansion_fits import ExpansionFits
 from ..analyzers.hidden_rank import check_documents
@@ -143,8 +144,10 @@ def render_run(folder: str | Path) -> list[str]:
 
 
 def draw(folder: Path, about: About, results: Sequence[Result]) -> None:
-    """Write the figures and the page."""
-    for result in results:
+    """Write the answers to the six claims, the figures and the page."""
+    answered = claims(results)
+    answered.save(answered.path(folder / "tables"))
+    for result in (*results, answered):
         save_figure(result.plot(), folder / "figures" / result.name)
     neurons = [neuron for result in results if isinstance(result, Memories) for neuron in cards(result.rows)]
     write_page(folder / "report.html", about, results, neurons)

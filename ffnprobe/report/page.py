@@ -14,21 +14,13 @@ from typing import Any, TypedDict
 
 from jinja2 import Environment, StrictUndefined
 
+from ..analyzers.claims import CLAIMS, RULE, claims
 from ..disk import atomic_write
 from ..result import Result
 from .card import NeuronCard
 from .embed import data_url, describe
 from .show import show, show_column
 
-CLAIMS = (
-    "The FFN fits a high-dimensional map.",
-    "Expansion buys expressive power and diverse features.",
-    "Contraction controls complexity and keeps dimensions equal.",
-    "The FFN is a key-value memory and a soft vector quantiser: more width is more memory and finer "
-    "quantisation, and contraction selects and compresses.",
-    "High dimension lets features interact.",
-    "Gradients flow better, and the FFN complements attention.",
-)
 LONGEST_TABLE = 200  # rows; a longer one is for a data frame
 
 
@@ -48,14 +40,15 @@ class About(TypedDict):
 def render(about: About, results: Sequence[Result], neurons: Sequence[NeuronCard] = ()) -> str:
     """The whole page. Results and their findings stand in the order given; the first ones lead the page."""
     style, script = _file("page.css"), _file("page.js")
-    verdicts = [verdict for result in results for verdict in result.verdicts()]
+    answered = claims(results)
     template = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
     ).from_string(_file("page.html"))
     return template.render(
         about=about,
         telling=top_findings(results),
-        claims=[(text, [v for v in verdicts if v.claim == n]) for n, text in enumerate(CLAIMS, start=1)],
+        claims=[(text, answered.overall(n), answered.claim(n)) for n, text in enumerate(CLAIMS, start=1)],
+        overall_rule=RULE,
         sections=[_section(result) for result in results],
         neurons=len(neurons),
         neuron_data=_script_json(_lines(neurons)),
