@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from matplotlib.figure import Figure
 
-from ..figure import BLACK, BLUE, GREY, ORANGE, STYLE, caption, styled
+from ..figure import BLACK, BLUE, GREY, ORANGE, caption, new_figure, styled
 from ..result import Result, column
 
 CLAIMS = (
@@ -63,8 +63,8 @@ class Claims(Result):
     @styled
     def plot(self) -> Figure:
         analyzers = list(dict.fromkeys(row.analyzer for row in self.rows))
-        figure = Figure(figsize=(3.5 + 0.6 * len(analyzers), 3.9), layout="constrained")
-        axes = figure.subplots()
+        figure, (axes,) = new_figure(1, caption(self.settings))
+        figure.set_size_inches(3.5 + 0.6 * len(analyzers), 3.9)
         columns = [*analyzers, "all together"]
         marked = {(row.analyzer, row.claim): row.verdict for row in self.rows}
         marked |= {("all together", number): self.overall(number) for number in range(1, len(CLAIMS) + 1)}
@@ -75,11 +75,9 @@ class Claims(Result):
         axes.axvline(len(analyzers) - 0.5, color=GREY, linewidth=0.8)
         axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(1, len(CLAIMS) + 1))
-        axes.set(
-            title="Six claims", ylabel="claim", xlim=(-0.7, len(columns) - 0.3), ylim=(len(CLAIMS) + 0.6, 0.4)
-        )
-        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=STYLE["legend.fontsize"])
-        figure.supxlabel(caption(self.settings), fontsize=7.5, color="#555555", parse_math=False)
+        axes.set(title="Six claims", ylabel="claim", xlim=(-0.7, len(columns) - 0.3))
+        axes.set_ylim(len(CLAIMS) + 0.6, 0.4)
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         return figure
 
 
