@@ -6,6 +6,7 @@ from .analyzers import memories as memories
 from .analyzers import memory_edit as memory_edit
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
+from .analyzers import quantization as quantization
 from .analyzers import recall as recall
 from .analyzers import svd_directions as svd_directions
 from .analyzers import weight_rank as weight_rank
@@ -25,6 +26,7 @@ from .statistics import Count as Count
 from .statistics import FiringRate as FiringRate
 from .statistics import Marginals as Marginals
 from .statistics import Moments as Moments
+from .statistics import Sample as Sample
 from .statistics import SketchedMoments as SketchedMoments
 from .statistics import TopActivations as TopActivations
 from .stream import Probe as Probe

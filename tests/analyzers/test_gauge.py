@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ffnprobe import hidden_rank, memories, neuron_clusters, weight_rank
+from ffnprobe import hidden_rank, memories, neuron_clusters, quantization, weight_rank
 
 FLOATS = 1e-3  # activations are float32
 
@@ -31,11 +31,11 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize(
-    "analyzer", [hidden_rank, memories, weight_rank, neuron_clusters], ids=lambda f: f.__name__
+    "analyzer", [hidden_rank, memories, weight_rank, neuron_clusters, quantization], ids=lambda f: f.__name__
 )
 def test_no_number_changes(analyzer, planted, model_of, tokens):
     one, other = model_of("llama"), planted("llama", rescale)
-    arguments = [tokens(one)] if analyzer in (hidden_rank, memories) else []
+    arguments = [tokens(one)] if analyzer in (hidden_rank, memories, quantization) else []
     for a, b in zip(analyzer(one, *arguments).rows, analyzer(other, *arguments).rows, strict=True):
         for name, value in vars(a).items():
             assert same(value, getattr(b, name)), (name, value, getattr(b, name))
