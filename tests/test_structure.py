@@ -12,14 +12,14 @@ import ffnprobe
 ROOT = Path(ffnprobe.__file__).parent
 RANKS = (
     ("errors", "spectrum", "family", "scaling"),
-    ("disk", "shipped", "ffn", "clustering", "statistics", "backoff", "memory"),
+    ("disk", "shipped", "ffn", "clustering", "statistics", "vocabulary", "backoff", "memory"),
     ("result", "figure", "taps", "hub", "lock", "tensors"),
     ("check", "manifest", "placement"),
     ("models", "corpus", "executors"),
     ("forward", "fingerprint"),
     ("sinks",),
     ("stream",),
-    ("shards",),
+    ("shards", "intervene"),
     ("run",),
     ("analyzers",),
     ("report",),

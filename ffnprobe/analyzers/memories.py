@@ -22,8 +22,7 @@ from ..models import Model, ffns, output_gain, tokenizer_of, unembedding
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import FiringRate, TopActivations
 from ..stream import Probe, choose_layers, collect, settings_of
-
-HELD = 128 * 2**20  # bytes of vocabulary scores held at once
+from ..vocabulary import read_values
 
 
 @dataclass(frozen=True)
@@ -217,20 +216,6 @@ def memories(
     settings = settings_of(model, tokens, seed, **collecting)
     settings |= {"triggers": triggers, "readings": readings, "vocabulary": "folded", "weights": "raw"}
     return Memories(rows, settings | {"purity_null": _purity_of_chance(tokens, triggers, seed)})
-
-
-def read_values(
-    values: Float[Tensor, "n d_model"], vocabulary: Float[Tensor, "d_vocab d_model"], k: int, held: int = HELD
-) -> tuple[Int[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """Ids of the k vocabulary tokens that each value raises most and lowers most, strongest first.
-
-    `held` bytes of scores exist at a time, whatever the number of values.
-    """
-    rows = max(1, held // (4 * len(vocabulary)))
-    scores = (chunk.to(vocabulary) @ vocabulary.mT for chunk in values.split(rows))
-    ends = [(score.topk(k, dim=1).indices, score.topk(k, dim=1, largest=False).indices) for score in scores]
-    raised, lowered = zip(*ends, strict=True)
-    return torch.cat(raised).cpu(), torch.cat(lowered).cpu()
 
 
 def _layer_rows(ffn: FFN, tokens: Tokens, statistics, vocabulary, words, window, readings: int, gain) -> list[Row]:

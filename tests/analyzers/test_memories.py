@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from ffnprobe import memories
-from ffnprobe.analyzers.memories import Memories, Row, read_values, word
+from ffnprobe.analyzers.memories import Memories, Row, word
 from ffnprobe.models import ffns, output_gain, plain, tokenizer_of, unembedding
 from ffnprobe.stream import capture
+from ffnprobe.vocabulary import read_values
 
 
 def strongest(model, tokens, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,12 +35,6 @@ def test_values_are_read_through_the_folded_unembedding(gpt2, tokens):
     scores = layer.values @ unembedding(gpt2).T
     assert torch.equal(raised, scores.argsort(dim=1, descending=True, stable=True)[:, :4])
     assert torch.equal(lowered, scores.argsort(dim=1, stable=True)[:, :4])
-
-
-def test_chunks_of_values_change_nothing(gpt2):
-    values, vocabulary = ffns(gpt2)[0].values, unembedding(gpt2)
-    whole = read_values(values, vocabulary, 3)
-    assert all(torch.equal(a, b) for a, b in zip(whole, read_values(values, vocabulary, 3, held=1), strict=True))
 
 
 def test_values_that_write_the_next_token_agree_and_shuffled_ones_do_not(planted, model_of, tokens):
