@@ -177,7 +177,7 @@ class Quantization(Result):
         for axes in (by_size, top):
             axes.set_xscale("log", base=2)
         for axes in (by_size, by_layer, top):
-            axes.set_ylim(min(-0.05, *(row.r2 for row in self.rows), -0.05), 1.02)
+            axes.set_ylim(min(0, *(row.r2 for row in self.rows)) - 0.05, 1.02)
             legend_below(axes)
         return figure
 
