@@ -8,6 +8,7 @@ from .analyzers import memory_edit as memory_edit
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
 from .analyzers import quantization as quantization
+from .analyzers import quantization_family as quantization_family
 from .analyzers import recall as recall
 from .analyzers import svd_directions as svd_directions
 from .analyzers import weight_rank as weight_rank

@@ -19,6 +19,8 @@ from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
 from .quantization import Quantization as Quantization
 from .quantization import quantization as quantization
+from .quantization_family import QuantizationFamily as QuantizationFamily
+from .quantization_family import quantization_family as quantization_family
 from .recall import Recall as Recall
 from .recall import recall as recall
 from .svd_directions import SVDDirections as SVDDirections

@@ -225,6 +225,11 @@ def experts(
     found = losses(model, text, changes(cut), sink_factor=collecting.get("sink_factor", SINK_FACTOR))
     rows += loss_rows(rows, found)
     settings = settings_of(model, tokens, seed, **collecting)
-    settings |= {"clusters": clusters, "draws": draws, "sample": sample, "loss_tokens": text.n, "weights": "raw"}
-    settings |= {"loss": found.mean(), "ablated": found.delta("ablated")[0]}
+    settings |= {"arm": measured[0].arm, "clusters": clusters, "draws": draws, "sample": sample}
+    settings |= {
+        "loss_tokens": text.n,
+        "weights": "raw",
+        "loss": found.mean(),
+        "ablated": found.delta("ablated")[0],
+    }
     return Experts([Row(**row) for row in rows], settings)

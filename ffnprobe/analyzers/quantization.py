@@ -236,7 +236,7 @@ def quantization(
         halves = Halves(fit.x, test.x)
         rows += [Row(**row) for row in coded_rows(ffn, halves, document[test.at.cpu()], seed)]
     settings = settings_of(model, tokens, seed, **collecting)
-    settings |= {"sample": sample, "layers": chosen, "ridge": RIDGE, "weights": "raw"}
+    settings |= {"arm": measured[0].arm, "sample": sample, "layers": chosen, "ridge": RIDGE, "weights": "raw"}
     return Quantization(rows, settings)
 
 
