@@ -7,6 +7,7 @@ from ffnprobe import capture, experts, ffns
 from ffnprobe.analyzers.experts import Experts
 from ffnprobe.analyzers.kept_experts import CLUSTERS, NEURONS, ORACLE, RANDOM, ROUTER, every_other
 from ffnprobe.analyzers.partition import Partition, equal_clusters, partitions
+from ffnprobe.corpus import Tokens
 from ffnprobe.errors import InputError, ModelRefused
 from ffnprobe.ffn import FFN
 
@@ -29,8 +30,6 @@ def measured(gpt2):
 
 
 def text(model, sequences: int = 4):
-    from ffnprobe.corpus import Tokens
-
     ids = torch.randint(1, 290, (sequences, 64), generator=torch.Generator().manual_seed(0))
     ids[:, ::16] = 0
     return Tokens(ids, torch.arange(sequences * 64).view(-1, 64) // 16, ids == 0, {})
