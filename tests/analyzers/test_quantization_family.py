@@ -39,7 +39,6 @@ def family(measured, exponent: float, null: float, widths=WIDTHS, parts: float =
             return 1 - 0.9 * (size / 64) ** power
 
         one, other = (result.rows for result in measured)
-        shape = {"d_mlp": width, "expansion": width / 128}
         rows = [
             replace(
                 row, size=size, r2=at(size, exponent), random=at(size, null), d_mlp=width, expansion=width / 128
