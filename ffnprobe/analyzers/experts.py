@@ -155,7 +155,7 @@ class Experts(Result):
             r2 = [fmean(row.r2 or 0 for row in rows if row.layer == layer) for layer in self.layers]
             by_layer.plot(self.layers, r2, mark, color=colour, label=f"{partition}, {choice}")
         variance.set(title="Output kept (median layer)", ylabel="R² of the output")
-        gap.set(title="Loss kept, all layers at once", ylabel="share of the loss gap to mean-ablated layers")
+        gap.set(title="Loss kept, all layers at once", ylabel="share of the loss gap")
         by_layer.set(title=f"Output kept by {AT:.0%} of the experts", xlabel="layer", ylabel="R² of the output")
         for axes in (variance, gap):
             axes.axhline(ENOUGH, color="#CCCCCC", linewidth=0.8)
