@@ -24,7 +24,7 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048)
 
 @pytest.fixture(scope="module")
 def measured(gpt2):
-    text = tokens_of(gpt2, sequences=20)
+    text = tokens_of(gpt2, sequences=12)
     return quantization(gpt2, text, layers=[0, 1]), experts(gpt2, text, layers=[0, 1], clusters=10, draws=2)
 
 
