@@ -2,6 +2,7 @@ from .analyzers import Edit as Edit
 from .analyzers import claims as claims
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
+from .analyzers import experts as experts
 from .analyzers import hidden_rank as hidden_rank
 from .analyzers import knockout as knockout
 from .analyzers import memories as memories
@@ -10,6 +11,8 @@ from .analyzers import memory_use as memory_use
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
 from .analyzers import neuron_roles as neuron_roles
+from .analyzers import quantization as quantization
+from .analyzers import quantization_family as quantization_family
 from .analyzers import recall as recall
 from .analyzers import svd_directions as svd_directions
 from .analyzers import weight_rank as weight_rank
@@ -31,6 +34,7 @@ from .statistics import FiringRate as FiringRate
 from .statistics import Magnitudes as Magnitudes
 from .statistics import Marginals as Marginals
 from .statistics import Moments as Moments
+from .statistics import Sample as Sample
 from .statistics import SketchedMoments as SketchedMoments
 from .statistics import TopActivations as TopActivations
 from .stream import Probe as Probe

@@ -81,6 +81,11 @@ class FFN:
     def gated(self) -> bool:
         return self.gates is not None
 
+    @property
+    def arm(self) -> str:
+        """What layers have in common that differ in their width alone: the activation, and whether it is gated."""
+        return self.activation + (", gated" if self.gated else "")
+
     def pre(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_mlp"]:
         """The pre-activation z: the gate's in a gated layer, else the key's."""
         if self.gates is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from einops import rearrange
@@ -37,7 +36,10 @@ class Sinks:
 
 def _norms(tap: Tap, read: Mapping[str, Tensor]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Norms of the residual stream and of the hidden activation."""
-    norm = partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32)
+
+    def norm(rows: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+
     if tap.gated:
         # each neuron weighed as it is written: its own scale is a gauge, that of a plain one is not
         parts = (rows.float().square() @ tap.value_squares for rows in read["post"].split(IN_CACHE))

@@ -14,6 +14,7 @@ OWN = {
     "plot_recall.py": ["recall-planted"],
     "plot_expansion.py": ["expansion-tiny", "expansion_fits-tiny"],
     "plot_memory_edit.py": ["memory_edit-tiny-x4"],
+    "plot_quantization_family.py": ["quantization_family-tiny"],
 }
 
 
@@ -46,6 +47,14 @@ def test_the_family_is_drawn_from_two_models_and_a_corpus(run, tmp_path, capsys)
     kinds = ("png", "svg", "parquet")
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for stem in stems for kind in kinds}
     assert "8 times the width multiplies the soft rank" in capsys.readouterr().out
+
+
+def test_codes_of_a_family_are_drawn_from_two_models(run, tmp_path, capsys):
+    models = ("tiny-x1", "tiny-x0.5")
+    run(ANALYSES / "plot_quantization_family.py", *models, "--tokens", "512", "--out", str(tmp_path))
+    (stem,) = OWN["plot_quantization_family.py"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for kind in ("png", "svg", "parquet")}
+    assert "lost to d_mlp codewords of x" in capsys.readouterr().out
 
 
 def test_edits_are_drawn_on_a_tiny_model(run, tmp_path, capsys):

@@ -13,6 +13,7 @@ from ffnprobe.statistics import (
     Magnitudes,
     Marginals,
     Moments,
+    Sample,
     SketchedMoments,
     Statistic,
     TopActivations,
@@ -35,6 +36,7 @@ MAKERS = {
     Magnitudes: lambda: Magnitudes.about(X[:3]),
     Marginals: lambda: Marginals.about(X[:3]),
     Moments: lambda: Moments.about(X[:3]),
+    Sample: lambda: Sample.about(X[:3], k=4, seed=3),
     SketchedMoments: lambda: SketchedMoments.about(X[:3], k=8),
     TopActivations: lambda: TopActivations.about(X[:3], k=4, by_magnitude=True),
 }
@@ -384,3 +386,27 @@ def test_top_activations_keep_what_is_just_above_the_floor():
     for rows in torch.arange(1000).split(100):
         top.update(x[rows], rows)
     assert torch.equal(top.compute().activation, x.sort(0, descending=True).values[:9].T)
+
+
+def test_a_sample_is_without_replacement_even_and_the_same_for_every_site():
+    n, k = 20_000, 500
+    at = torch.arange(n)
+    x = at[:, None].double()
+    samples = [Sample.about(x[:1], k=k, seed=seed) for seed in (0, 0, 1)]
+    for rows in at.split(999):
+        samples[0].update(x[rows], rows)
+        samples[2].update(x[rows], rows)
+    samples[1].update(-x, at)
+    found, other, reseeded = (sample.compute() for sample in samples)
+    assert torch.equal(found.at, other.at) and torch.equal(found.x[:, 0].long(), found.at)
+    assert len(found.at.unique()) == k
+    # a tenth of the stream has a tenth of the sample, up to 4 sd
+    tenths = torch.bincount(found.at // (n // 10), minlength=10)
+    assert (tenths - k / 10).abs().max() < 4 * (k * 0.1 * 0.9) ** 0.5
+    assert len(set(found.at.tolist()) & set(reseeded.at.tolist())) < 30  # 12.5 by chance
+
+
+def test_a_sample_of_a_short_stream_is_all_of_it():
+    sample = Sample.about(X[:1], k=50)
+    sample.update(X, AT)
+    assert sorted(sample.compute().at.tolist()) == AT.tolist() and len(sample.compute().x) == N

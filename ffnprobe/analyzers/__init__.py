@@ -6,6 +6,8 @@ from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits
 from .expansion_fits import expansion_fits as expansion_fits
+from .experts import Experts as Experts
+from .experts import experts as experts
 from .hidden_rank import HiddenRank as HiddenRank
 from .hidden_rank import hidden_rank as hidden_rank
 from .knockout import Knockout as Knockout
@@ -23,6 +25,10 @@ from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
 from .neuron_roles import NeuronRoles as NeuronRoles
 from .neuron_roles import neuron_roles as neuron_roles
+from .quantization import Quantization as Quantization
+from .quantization import quantization as quantization
+from .quantization_family import QuantizationFamily as QuantizationFamily
+from .quantization_family import quantization_family as quantization_family
 from .recall import Recall as Recall
 from .recall import recall as recall
 from .svd_directions import SVDDirections as SVDDirections

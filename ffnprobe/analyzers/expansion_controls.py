@@ -197,7 +197,7 @@ def _facts(ffn: FFN, spec: str | Path, found: Mapping[str, Any]) -> Line:
     sinks = found[f"{ffn.layer}/sinks"].n
     return {
         "model": Path(spec).name,
-        "arm": ffn.activation + (", gated" if ffn.gated else ""),
+        "arm": ffn.arm,
         "seed": training["seed"] if training else 0,
         "layer": ffn.layer,
         "d_mlp": ffn.d_mlp,

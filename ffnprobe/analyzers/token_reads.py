@@ -52,11 +52,11 @@ class Reads:
         """Note what some of these tokens read; `index` says where in the corpus each of them all is."""
         self._at.append(index[some])
         self.some = some.to(read["out"].device)
-        rows = {site: read[site][self.some].float() for site in ("in", "pre", "post", "out")}
+        rows = {site: read[site][self.some].to(self.norms) for site in ("in", "pre", "post", "out")}
         a, null = rows["post"].abs() * self.norms, self.ffn.randomised(self.seed)
         ratio, share = in_use(a, self.k)
         ratio_null, share_null = in_use(null.hidden(rows["in"]).abs() * self.norms, self.k)
-        self.added = self.adds(rows["out"]).float()
+        self.added = self.adds(rows["out"]).to(self.norms)
         self.top = top = raised_most(self.added, self.words, 1).squeeze(1)
         tops = torch.where(rows["post"].cpu() < 0, self.tops[:, 1], self.tops[:, 0])
         other = top[torch.randperm(len(top), generator=self.generator)]
@@ -76,7 +76,7 @@ class Reads:
 
     def compose(self, after: Float[Tensor, "m d_model"]) -> None:
         """Note whose top token the stream has behind the FFN, at the tokens that `see` saw last."""
-        after = after[self.some].float()
+        after = after[self.some].to(self.norms)
         before = after - self.added
         order = torch.randperm(len(after), generator=self.generator)
         elsewhere = before + self.added[order.to(after.device)]

@@ -6,26 +6,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..analyzers import (
+    Experts,
     HiddenRank,
     Knockout,
     Memories,
     MemoryUse,
     NeuronClusters,
     NeuronRoles,
+    Quantization,
     SVDDirections,
     WeightRank,
+    experts,
     hidden_rank,
     knockout,
     memories,
     memory_use,
     neuron_clusters,
     neuron_roles,
+    quantization,
     svd_directions,
     weight_rank,
 )
+from ..analyzers.experts import probes as expert_probes
 from ..analyzers.knockout import probes as knockout_probes
 from ..analyzers.memories import probes as memory_probes
+from ..analyzers.quantization import SPREAD, spread
+from ..analyzers.quantization import probes as quantization_probes
 from ..analyzers.rank_probes import probes as rank_probes
 from ..analyzers.roles import probes as role_probes
 from ..corpus import Tokens
@@ -82,7 +91,7 @@ class Analysis:
     """One analysis of the report.
 
     `why_not` says why a model does not allow it, `too_little` why its tokens do not, None where they do.
-    `of_each_layer` says whether twice the layers take twice the time.
+    `most_layers` are those that take time, all of them if None; 0: the time does not grow with the layers.
     """
 
     kind: type[Result]
@@ -90,7 +99,12 @@ class Analysis:
     probes: Callable[[Sequence[FFN], Settings, Tokens], dict[str, Probe]] = _nothing
     why_not: Callable[[Model], str | None] = lambda model: None
     too_little: Callable[[Tokens], str | None] = lambda tokens: None
-    of_each_layer: bool = True
+    most_layers: int | None = None
+
+    def grows(self, layers: int, timed: int) -> float:
+        """How much longer it takes for so many layers than for those that were timed."""
+        most = layers if self.most_layers is None else min(layers, self.most_layers)
+        return max(1.0, most / timed)
 
 
 def _no_loss(model: Model) -> str | None:
@@ -118,6 +132,13 @@ def _sets(of: Inputs) -> dict[str, dict[int, list[int]]] | None:
 def _held_out(tokens: Tokens) -> int:
     """Tokens on which losses are compared: of a small corpus a quarter."""
     return min(HELD_OUT, tokens.n // 4)
+
+
+def _few_tokens(tokens: Tokens) -> str | None:
+    """Codes are fitted on every other document and tested on the rest; of each at least 32 ordinary tokens."""
+    document = torch.unique_consecutive(tokens.document, return_inverse=True)[1]
+    halves = [int(((document % 2 == half) & ~tokens.special).sum()) for half in (0, 1)]
+    return None if min(halves) >= 64 else f"the halves of the documents have {halves} tokens: give more text"
 
 
 def _one_document(tokens: Tokens) -> str | None:
@@ -158,7 +179,23 @@ ANALYSES: Mapping[str, Analysis] = {
         lambda layers, *_: knockout_probes(layers),
         _no_loss,
         _one_document,
-        of_each_layer=False,
+        most_layers=0,
+    ),
+    "quantization": Analysis(
+        Quantization,
+        lambda of: quantization(*of.measured, **of.streamed),
+        lambda layers, settings, _: quantization_probes(
+            layers if settings.layers is not None else spread(layers), seed=settings.seed
+        ),
+        too_little=_few_tokens,
+        most_layers=SPREAD,
+    ),
+    "experts": Analysis(
+        Experts,
+        lambda of: experts(*of.measured, loss_tokens=HELD_OUT, **of.streamed),
+        lambda layers, settings, _: expert_probes(layers, seed=settings.seed),
+        _no_loss,
+        _one_document,
     ),
     "weight_rank": Analysis(WeightRank, lambda of: weight_rank(of.work.model, **of.shared)),
     "neuron_clusters": Analysis(NeuronClusters, lambda of: neuron_clusters(of.work.model, **of.shared)),

@@ -150,7 +150,7 @@ def plan_report(
         results, seconds["analyses"] = [], 0.0
         for name, result in measure(settings, work, dict(start.starts), chosen, lambda line: None):
             results.append(result)
-            seconds["analyses"] += clock.lap() * (share if ANALYSES[name].of_each_layer else 1)
+            seconds["analyses"] += clock.lap() * ANALYSES[name].grows(len(layers), len(chosen))
         for result in results:
             result.save(result.path(scratch / "tables"))
         seconds["analyses"] += clock.lap()

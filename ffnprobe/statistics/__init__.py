@@ -15,6 +15,8 @@ from .marginals import Marginals as Marginals
 from .moments import Covariance as Covariance
 from .moments import Moments as Moments
 from .partial_spectrum import Spectrum as Spectrum
+from .sample import Drawn as Drawn
+from .sample import Sample as Sample
 from .sketched_moments import SketchedCovariance as SketchedCovariance
 from .sketched_moments import SketchedMoments as SketchedMoments
 from .top_activations import Top as Top
