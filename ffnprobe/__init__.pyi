@@ -6,6 +6,7 @@ from .analyzers import memories as memories
 from .analyzers import memory_edit as memory_edit
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
+from .analyzers import nonlinearity as nonlinearity
 from .analyzers import recall as recall
 from .analyzers import svd_directions as svd_directions
 from .analyzers import weight_rank as weight_rank

@@ -8,9 +8,12 @@ import ffnprobe.statistics
 from ffnprobe.statistics import (
     CoActivation,
     Count,
+    CrossMoments,
     FiringRate,
     Marginals,
     Moments,
+    QuadraticMoments,
+    Sample,
     SketchedMoments,
     Statistic,
     TopActivations,
@@ -28,9 +31,12 @@ AT = torch.randperm(1000, generator=GENERATOR)[:N].sort().values
 MAKERS = {
     CoActivation: lambda: CoActivation.about(X[:3], share=0.5),
     Count: lambda: Count.about(X[:3]),
+    CrossMoments: lambda: CrossMoments.about(X[:3], d=2),
     FiringRate: lambda: FiringRate.about(X[:3]),
     Marginals: lambda: Marginals.about(X[:3]),
     Moments: lambda: Moments.about(X[:3]),
+    QuadraticMoments: lambda: QuadraticMoments.about(X[:3], d=2, k=2),
+    Sample: lambda: Sample.about(X[:3], k=4),
     SketchedMoments: lambda: SketchedMoments.about(X[:3], k=8),
     TopActivations: lambda: TopActivations.about(X[:3], k=4, by_magnitude=True),
 }

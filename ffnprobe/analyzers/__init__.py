@@ -15,6 +15,8 @@ from .nested import Nested as Nested
 from .nested import nested as nested
 from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
+from .nonlinearity import Nonlinearity as Nonlinearity
+from .nonlinearity import nonlinearity as nonlinearity
 from .recall import Recall as Recall
 from .recall import recall as recall
 from .svd_directions import SVDDirections as SVDDirections

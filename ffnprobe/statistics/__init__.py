@@ -5,12 +5,16 @@ from .base import Statistic as Statistic
 from .co_activation import CoActivation as CoActivation
 from .co_activation import CoActive as CoActive
 from .count import Count as Count
+from .cross_moments import Cross as Cross
+from .cross_moments import CrossMoments as CrossMoments
+from .cross_moments import QuadraticMoments as QuadraticMoments
 from .firing_rate import FiringRate as FiringRate
 from .marginals import Marginal as Marginal
 from .marginals import Marginals as Marginals
 from .moments import Covariance as Covariance
 from .moments import Moments as Moments
 from .partial_spectrum import Spectrum as Spectrum
+from .sample import Sample as Sample
 from .sketched_moments import SketchedCovariance as SketchedCovariance
 from .sketched_moments import SketchedMoments as SketchedMoments
 from .top_activations import Top as Top
