@@ -65,6 +65,10 @@ class Tokens:
     def n_documents(self) -> int:
         return len(self.document.unique())
 
+    def sequences(self, which: slice) -> Tokens:
+        """Only these sequences; documents keep their numbers."""
+        return Tokens(self.ids[which], self.document[which], self.special[which], self.settings)
+
 
 @dataclass(frozen=True)
 class Context:

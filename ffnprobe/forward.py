@@ -7,7 +7,7 @@ device: all that is shown of a layer lies beside its weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -44,7 +44,13 @@ def forward(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_lay
             f"sequences of {ids.shape[1]} tokens: this model reads {longest}; pack with length={longest}"
         )
     network: Any = plain(model).base_model  # no logits: nobody asked
-    with _hooks(chosen, on_layer), torch.no_grad(), suppress(_Enough):
+
+    def show(tap: Tap, read: dict[str, Tensor]) -> None:
+        on_layer(tap, read)
+        if tap is chosen[-1]:
+            raise _Enough
+
+    with showing(chosen, show), torch.no_grad(), suppress(_Enough):
         network(input_ids=ids.to(input_device(network)), use_cache=False)
 
 
@@ -53,18 +59,8 @@ class _Enough(Exception):
 
 
 @contextmanager
-def _hooks(chosen: Sequence[Tap], on_layer: OnLayer) -> Iterator[None]:
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    try:
-        for tap in chosen:
-            handles += _hook_layer(tap, on_layer, last=tap is chosen[-1])
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook_layer(tap: Tap, on_layer: OnLayer, last: bool) -> list[torch.utils.hooks.RemovableHandle]:
+def reading(tap: Tap) -> Iterator[dict[str, Tensor]]:
+    """While the model runs, what the layer reads and holds: residual, in, pre, up and, before it writes, post."""
     read: dict[str, Tensor] = {}
 
     def rows(x: Tensor) -> Tensor:
@@ -83,19 +79,35 @@ def _hook_layer(tap: Tap, on_layer: OnLayer, last: bool) -> list[torch.utils.hoo
     def at_gate(module: nn.Module, args: tuple, output: Tensor) -> None:
         read["pre"] = rows(output)
 
-    def at_down(module: nn.Module, args: tuple, output: Tensor) -> None:
-        read["post"], read["out"] = rows(args[0]), rows(output)
-        # before accelerate's own hooks, the residual stream is still where the layer before wrote it
-        on_layer(tap, {site: x.to(output.device) for site, x in read.items()})
-        read.clear()  # or the layer's activations would live until the next batch
-        if last:
-            raise _Enough
+    def at_down(module: nn.Module, args: tuple) -> None:
+        read["post"] = rows(args[0])
 
     handles = [
         tap.block.register_forward_pre_hook(at_block, with_kwargs=True),
         tap.up.register_forward_hook(at_up),
-        tap.down.register_forward_hook(at_down),
+        tap.down.register_forward_pre_hook(at_down),
     ]
     if tap.gate is not None and not tap.fused:
         handles.append(tap.gate.register_forward_hook(at_gate))
-    return handles
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def showing(chosen: Sequence[Tap], on_layer: OnLayer) -> Iterator[None]:
+    """While the model runs, show `on_layer` each layer as it is done, beside its weights."""
+    with ExitStack() as stack:
+        for tap in chosen:
+            read = stack.enter_context(reading(tap))
+
+            def at_down(module: nn.Module, args: tuple, output: Tensor, tap=tap, read=read) -> None:
+                # before accelerate's own hooks, the residual stream is still where the layer before wrote it
+                sites = {**read, "out": output.reshape(-1, output.shape[-1])}
+                read.clear()  # or the layer's activations would live until the next batch
+                on_layer(tap, {site: x.to(output.device) for site, x in sites.items()})
+
+            stack.callback(tap.down.register_forward_hook(at_down).remove)
+        yield

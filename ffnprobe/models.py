@@ -302,6 +302,24 @@ def taps(model: TransformerBridge) -> list[Tap]:
     return found
 
 
+def blocks(model: TransformerBridge) -> list[nn.Module]:
+    """The blocks of the plain model, in their order."""
+    return [plain(model).get_submodule(block.name) for block in model.blocks]
+
+
+def attention_output(model: TransformerBridge, layer: int) -> nn.Module:
+    """The projection by which a block's attention writes.
+
+    Raises:
+        InputError: the block has no attention.
+    """
+    block: Any = model.blocks[layer]
+    attention = getattr(block, "attn", None)
+    if attention is None or not hasattr(attention, "o"):
+        raise InputError(f"layer {layer} has no attention: choose another layer")
+    return plain(model).get_submodule(block.name).get_submodule(attention.name).get_submodule(attention.o.name)
+
+
 def ffns(model: TransformerBridge) -> list[FFN]:
     """One FFN a feed-forward layer; in a hybrid model `FFN.layer` says which layer it is."""
     read = taps(model)

@@ -12,6 +12,7 @@ import zoo
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ffnprobe.models import load_model
 
@@ -36,6 +37,20 @@ def model_of(folder_of: Callable[[str], Path]) -> Callable[[str], TransformerBri
     @cache
     def make(architecture: str) -> TransformerBridge:
         return load_model(folder_of(architecture), device="cpu")
+
+    return make
+
+
+@pytest.fixture
+def planted(folder_of: Callable[[str], Path]) -> Callable[..., TransformerBridge]:
+    """`planted("llama", edit)`: the tiny model after `edit(hf_model)` has changed its weights in place."""
+
+    def make(architecture: str, edit: Callable[[PreTrainedModel], None]) -> TransformerBridge:
+        folder = folder_of(architecture)
+        hf = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            edit(hf)
+        return load_model(hf, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
 
     return make
 

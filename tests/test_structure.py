@@ -19,7 +19,7 @@ RANKS = (
     ("forward", "fingerprint"),
     ("sinks",),
     ("stream",),
-    ("shards",),
+    ("shards", "intervene"),
     ("run",),
     ("analyzers",),
     ("report",),

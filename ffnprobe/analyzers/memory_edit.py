@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..corpus import Tokens
-from ..errors import InputError, ModelRefused
+from ..errors import InputError
 from ..figure import BLACK, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..models import Model, context_length, describe, ffns, tokenizer_of
+from ..intervene import check_causal
+from ..models import Model, context_length, ffns, tokenizer_of
 from ..result import Result, column
 from ..statistics import Moments
 from ..stream import Probe, choose_layers, collect, settings_of
@@ -147,14 +148,13 @@ def memory_edit(
         InputError: a layer or a position that is not there, an empty prompt, a target of other than one token.
         ModelRefused: the model does not predict the next token.
     """
-    if model.cfg.attention_dir != "causal":
-        raise ModelRefused(f"{describe(model)['name']} predicts no next token: choose a causal language model")
+    check_causal(model)
     if not edits or ridge <= 0:
         raise InputError(f"got {len(edits)} edits, ridge {ridge}: give at least one edit and a ridge above 0")
     chosen = choose_layers(model, layers)
     wishes = [_wish(edit, model, tokens) for edit in edits]
     half = len(tokens.ids) // 2
-    seen, unrelated = _sequences(tokens, slice(half)), _sequences(tokens, slice(half, None))
+    seen, unrelated = tokens.sequences(slice(half)), tokens.sequences(slice(half, None))
     apart = ~torch.isin(unrelated.document, seen.document)
     if not seen.n or len(unrelated.document[apart].unique()) < 2:
         raise InputError(f"{tokens.n_documents} documents in {len(tokens.ids)} sequences: give more text")
@@ -245,7 +245,3 @@ def _answers(before: Logits, after: Logits, ids: Int[Tensor, "1 l"], target: int
         answers["probability" + suffix] = float(found[target].exp())
         answers["rank" + suffix] = 1 + int((found > found[target]).sum())
     return answers
-
-
-def _sequences(tokens: Tokens, which: slice) -> Tokens:
-    return Tokens(tokens.ids[which], tokens.document[which], tokens.special[which], tokens.settings)

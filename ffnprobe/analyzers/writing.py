@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..corpus import Tokens
 from ..forward import forward
+from ..intervene import BATCH, document_means, next_token_losses, predictable
 from ..models import Model, Tap, plain
 from ..placement import input_device
 
@@ -99,17 +98,8 @@ def next_token(logits: Float[Tensor, "1 l d_vocab"]) -> Float[Tensor, " d_vocab"
 
 @torch.no_grad()
 def document_losses(
-    logits: Logits, tokens: Tokens, counted: Bool[Tensor, "s l"], batch: int = 2
+    logits: Logits, tokens: Tokens, counted: Bool[Tensor, "s l"], batch: int = BATCH
 ) -> Float[Tensor, " documents"]:
     """The mean loss of each document in nats a token, over tokens that are counted and not special."""
-    same = tokens.document[:, 1:] == tokens.document[:, :-1]
-    use = same & counted[:, 1:] & ~tokens.special[:, 1:]
-    loss = torch.cat(
-        [
-            F.cross_entropy(rearrange(logits(ids)[:, :-1].float(), "s l v -> s v l"), ids[:, 1:], reduction="none")
-            for ids in tokens.ids.split(batch)
-        ]
-    )
-    _, document = tokens.document[:, 1:][use].unique(return_inverse=True)
-    n = document.bincount()
-    return torch.zeros(len(n), dtype=torch.float64).index_add_(0, document, loss[use].double()) / n
+    loss = torch.cat([next_token_losses(logits(ids), ids) for ids in tokens.ids.split(batch)])
+    return document_means(loss, predictable(tokens) & counted[:, 1:], tokens)[1]

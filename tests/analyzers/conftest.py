@@ -1,30 +1,14 @@
-"""Tiny models with planted weights, and tokens for them."""
+"""Tokens for tiny models."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ffnprobe.corpus import Tokens
-from ffnprobe.models import Model, load_model, plain
+from ffnprobe.models import Model, plain
 
 LENGTH = 64
-
-
-@pytest.fixture
-def planted(folder_of: Callable[[str], Path]) -> Callable[..., Model]:
-    """`planted("llama", edit)`: the tiny model after `edit(hf_model)` has changed its weights in place."""
-
-    def make(architecture: str, edit: Callable[[PreTrainedModel], None]) -> Model:
-        folder = folder_of(architecture)
-        hf = AutoModelForCausalLM.from_pretrained(folder)
-        with torch.no_grad():
-            edit(hf)
-        return load_model(hf, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
-
-    return make
 
 
 @pytest.fixture
