@@ -8,7 +8,9 @@ from statistics import median
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from .. import spectrum as sp
 from ..corpus import Tokens
@@ -19,6 +21,7 @@ from ..regression import AffineMap, Paired, fit, held_out
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Moments
 from ..stream import choose_layers, collect, settings_of
+from .affine_loss import NO_LOSS, Loss, affine_losses, evenly
 from .affine_probes import HALVES, Beside, besides, everything, ordinary, writing, written
 from .affine_probes import probes as probes
 from .hidden_rank import check_documents
@@ -46,6 +49,11 @@ class Row:
     soft_rank_nonlinear: float | None = column("directions", "exp of the entropy of the eigenvalues, what is left")
     soft_rank: float | None = column("directions", "soft rank of h; none where its covariance did not fit")
     neurons: int = column("neurons", "neurons whose h was regressed")
+    loss: float | None = column("nats/token", "next-token loss on odd documents; none where it was not measured")
+    loss_affine: float | None = column("nats/token", "added if the affine map of even documents writes instead")
+    loss_affine_se: float | None = column("nats/token", "its standard error over documents")
+    loss_mean: float | None = column("nats/token", "added if the mean of even documents is written instead")
+    loss_mean_se: float | None = column("nats/token", "its standard error over documents")
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Nonlinearity(Result):
     name: ClassVar[str] = "nonlinearity"
     question: ClassVar[str] = "How much of a feed-forward layer is an affine map of what it reads?"
     row_type: ClassVar[type] = Row
+
+    @property
+    def replaced(self) -> list[Row]:
+        """The layers whose replacement was judged by the loss."""
+        return [row for row in self.rows if row.loss is not None]
 
     def _median(self, measure: str) -> float:
         values = [getattr(row, measure) for row in self.rows]
@@ -78,6 +91,16 @@ class Nonlinearity(Result):
                 f"What the nonlinearity adds to h has a soft rank of {rest:.0f} (median layer), the part that is "
                 f"affine in x {linear:.0f}, h itself {whole:.0f}, x {x:.0f}."
             )
+        if self.replaced:
+            affine, mean = self._median("loss_affine"), self._median("loss_mean")
+            worst = max(self.replaced, key=lambda row: row.loss_affine or 0)
+            sentences.insert(
+                1,
+                f"A layer that writes its affine map instead adds {affine:.3f} nats a token to the loss of "
+                f"{self._median('loss'):.2f} (median of {len(self.replaced)} layers), its mean {mean:.3f}; the "
+                f"affine map costs most at layer {worst.layer}: {worst.loss_affine:.3f} ± "
+                f"{worst.loss_affine_se:.3f}.",
+            )
         if few := [row for row in self.rows if row.tokens < 20 * self.settings["d_model"]]:
             sentences.append(
                 f"Few tokens: {few[0].tokens:,} for maps of {self.settings['d_model']:,} inputs, each fitted on "
@@ -86,24 +109,31 @@ class Nonlinearity(Result):
         return sentences
 
     def verdicts(self) -> list[Verdict]:
-        n = len(self.rows)
+        n, replaced = len(self.rows), self.replaced
         if n < FEWEST_LAYERS:
             return []
         bent = sum(row.r2 + row.r2_spread < ALMOST for row in self.rows)
+        worse = sum(_clearly(row.loss_affine, row.loss_affine_se) for row in replaced)
+        measured = (
+            f"R2 below {ALMOST:g} in {bent} of {n} layers, {self._median('r2'):.2f} at the median one (random "
+            f"weights {self._median('r2_null'):.2f}); "
+            + (f"loss higher in {worse} of {len(replaced)} layers" if replaced else "no loss")
+        )
+        judged = [beyond(bent, n), beyond(worse, len(replaced)) if replaced else False]
         return [
             Verdict(
                 claim=1,
                 rule=RULE,
-                measured=f"R2 below {ALMOST:g} in {bent} of {n} layers, {self._median('r2'):.2f} at the median "
-                f"one (random weights {self._median('r2_null'):.2f})",
-                verdict="mixed" if beyond(bent, n) else "not supported",
+                measured=measured
+                + (f"loss higher in {worse} of {len(replaced)} layers" if replaced else "no loss"),
+                verdict="supported" if all(judged) else "mixed" if any(judged) else "not supported",
                 against=AGAINST,
             )
         ]
 
     @styled
     def plot(self) -> Figure:
-        figure, (written, held, ranks) = new_figure(3, caption(self.settings, "held out by document"))
+        figure, (written, held, ranks, cost) = new_figure(4, caption(self.settings, "held out by document"))
         layers = [row.layer for row in self.rows]
         lines = (
             (written, "r2", "o-", BLACK, "sinks set apart"),
@@ -129,7 +159,13 @@ class Nonlinearity(Result):
         written.set(title="The layer as an affine map", ylabel="R² of y, held out")
         held.set(title="What of h is affine in x", ylabel="share of the variance of h")
         ranks.set(title="What the nonlinearity adds", ylabel="soft rank (directions)", yscale="log")
-        for axes in (written, held, ranks):
+        for kind, (mark, colour) in {"affine": ("o-", BLACK), "mean": ("s--", ORANGE)}.items():
+            at = [row.layer for row in self.replaced]
+            added, error = ([getattr(r, f"loss_{kind}{end}") for r in self.replaced] for end in ("", "_se"))
+            cost.errorbar(at, added, error, fmt=mark, color=colour, label=f"{kind} of even documents", capsize=2)
+        cost.axhline(0, color=GREY, linewidth=0.8)
+        cost.set(title="A layer replaced", ylabel="added loss (nats/token)", yscale="symlog")
+        for axes in (written, held, ranks, cost):
             axes.set_xlabel("layer")
             legend_below(axes)
         return figure
@@ -138,12 +174,13 @@ class Nonlinearity(Result):
 # written before any pretrained model was measured
 ALMOST = 0.9
 RULE = (
-    f"mixed if, in most layers (sign test, 5%), the best affine map leaves more than {1 - ALMOST:.0%} of what the "
-    "layer writes unexplained on documents that it was not fitted on, by more than the document spread"
+    f"supported if, in most layers (sign test, 5%), the best affine map leaves more than {1 - ALMOST:.0%} of what "
+    "the layer writes unexplained on documents that it was not fitted on, by more than the document spread, and "
+    "the loss rises by more than 2 standard errors where that map replaces the layer; mixed if only one holds"
 )
 AGAINST = (
-    "From layer to layer the residual stream changes almost linearly, with a similarity of 0.99 after the best linear "
-    "map in GPT, LLaMA, OPT and BLOOM (Razzhigaev et al. 2024), and random weights are no affine map either."
+    "From layer to layer the residual stream changes almost linearly, with a similarity of 0.99 after the best "
+    "linear map in GPT, LLaMA, OPT and BLOOM (Razzhigaev et al. 2024); random weights are no affine map either."
 )
 
 
@@ -154,6 +191,8 @@ def nonlinearity(
     layers: Sequence[int] | None = None,
     seed: int = 0,
     budget: int = BUDGET,
+    loss_tokens: int = 2048,
+    loss_layers: int = 10,
     statistics: Mapping[str, Any] | None = None,
     **collecting: Any,
 ) -> Nonlinearity:
@@ -169,6 +208,8 @@ def nonlinearity(
         layers: the layers to measure; all by default.
         seed: of the null's random weights.
         budget: bytes that the moments may take; where they would take more, h is some of the neurons.
+        loss_tokens: of odd documents, on which the loss is measured with a layer replaced by the map of the even
+            ones; 0 leaves that out. loss_layers: layers that are replaced, one at a time, at most; spread evenly.
         statistics: what one `collect` over `probes(...)` gave, when several analyzers share a pass.
         collecting: passed to `collect` (batch, sink_factor, progress).
 
@@ -180,16 +221,28 @@ def nonlinearity(
     check_documents(tokens)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, seed, budget), **collecting)
-    rows = [layer_row(beside, statistics) for beside in besides(measured, seed, budget)]
+    regressed = besides(measured, seed, budget)
+    replaced = evenly([ffn.layer for ffn in measured], loss_layers) if loss_tokens else []
+    maps = {b.ffn.layer: affine_map(b, statistics) for b in regressed if b.ffn.layer in replaced}
+    added = affine_losses(model, tokens, maps, loss_tokens, **collecting)
+    rows = [layer_row(b, statistics, added.get(b.ffn.layer, NO_LOSS)) for b in regressed]
     settings = settings_of(model, tokens, seed, **collecting)
     settings |= {"d_model": measured[0].d_model, "budget": budget, "weights": "raw"}
+    settings |= {"loss_tokens": loss_tokens, "loss_layers": replaced}
     return Nonlinearity(rows, settings)
 
 
-def affine_maps(beside: Beside, statistics: Mapping[str, Any]) -> list[AffineMap]:
-    """The best affine map x -> y on the even and on the odd documents."""
-    parts = [ordinary(beside, statistics, half) for half in HALVES]
-    return [_to_y(beside, fit(part), written(beside, part, statistics, i)) for i, part in enumerate(parts)]
+def affine_map(
+    beside: Beside, statistics: Mapping[str, Any], half: int = 0
+) -> tuple[AffineMap, Float[Tensor, " d_model"]]:
+    """The best affine map x -> y on half of the documents, and the mean of y there."""
+    part = ordinary(beside, statistics, half)
+    y = written(beside, part, statistics, half)
+    return _to_y(beside, fit(part), y), y.mean
+
+
+def _clearly(added: float | None, error: float | None) -> bool:
+    return added is not None and error is not None and added > 2 * error
 
 
 def _to_y(beside: Beside, found: AffineMap, y: Paired) -> AffineMap:
@@ -198,7 +251,7 @@ def _to_y(beside: Beside, found: AffineMap, y: Paired) -> AffineMap:
     return AffineMap(found.weights[:, beside.of_hidden], found.offset[beside.of_hidden]).into(*writing(beside.ffn))
 
 
-def layer_row(beside: Beside, statistics: Mapping[str, Any]) -> Row:
+def layer_row(beside: Beside, statistics: Mapping[str, Any], added: Loss) -> Row:
     """What was measured of one layer."""
     ffn = beside.ffn
     parts = [ordinary(beside, statistics, half) for half in HALVES]
@@ -228,7 +281,7 @@ def layer_row(beside: Beside, statistics: Mapping[str, Any]) -> Row:
         linear_share_gaussian=sp.linear_share(ACTIVATIONS[ffn.activation], ffn.gated),
         soft_rank_in=sp.soft_rank(sp.eigenvalues(x.compute().centred)),
         neurons=beside.neurons,
-        **(NO_RANKS | ranks),
+        **(NO_RANKS | ranks | added),
     )
 
 

@@ -6,10 +6,12 @@ from test_regression import halves, paired
 
 from ffnprobe import nonlinearity
 from ffnprobe import spectrum as sp
+from ffnprobe.analyzers.affine_loss import NO_LOSS, held_out_text
 from ffnprobe.analyzers.affine_probes import Beside, affine_bytes, plan_neurons, probes
-from ffnprobe.analyzers.nonlinearity import Nonlinearity, affine_maps, layer_row
+from ffnprobe.analyzers.nonlinearity import Nonlinearity, affine_map, layer_row
 from ffnprobe.errors import InputError
 from ffnprobe.ffn import FFN
+from ffnprobe.intervene import Change, losses
 from ffnprobe.models import ffns
 from ffnprobe.regression import cross_fitted
 from ffnprobe.stream import capture, collect
@@ -68,9 +70,10 @@ def test_every_number_is_that_of_least_squares_on_all_rows(model, tokens):
     ):
         found = getattr(row, f"soft_rank{name}"), getattr(row, f"participation_ratio{name}")
         assert found == pytest.approx(ranks(several), rel=2e-3)
-    maps = affine_maps(Beside(ffn, ffn.d_mlp, 0), collect(model, text, probes([ffn])))
+    found, mean = affine_map(Beside(ffn, ffn.d_mlp, 0), collect(model, text, probes([ffn])), half=1)
     direct = paired(x[kept & (half == 1)], y[kept & (half == 1)])
-    assert torch.allclose(maps[1](direct.input_mean), direct.mean, atol=1e-5)
+    assert torch.allclose(found(direct.input_mean), direct.mean, atol=1e-5)
+    assert torch.allclose(mean, direct.mean, atol=1e-5)
 
 
 def test_random_neurons_are_those_of_the_null_on_the_same_inputs(model, tokens):
@@ -130,8 +133,8 @@ def test_some_of_the_neurons_do_where_memory_is_short(model, tokens):
     # y comes from its own moments then, and is the same y
     few = {name: probe for name, probe in probes(layers).items() if "/post/" not in name}
     few |= {name: replace(probe, of=beside) for name, probe in few.items() if "/hidden/" in name}
-    one = layer_row(Beside(layers[0], layers[0].d_mlp, 0), whole)
-    other = layer_row(beside, collect(model, text, few))
+    one = layer_row(Beside(layers[0], layers[0].d_mlp, 0), whole, NO_LOSS)
+    other = layer_row(beside, collect(model, text, few), NO_LOSS)
     assert (other.r2, other.r2_unmasked) == pytest.approx((one.r2, one.r2_unmasked), abs=FLOATS)
     assert other.neurons == 10 and other.soft_rank is None and abs(other.linear_share - one.linear_share) < 0.2
 
@@ -161,17 +164,26 @@ def test_the_plan_is_what_the_moments_take(model, tokens):
 
 
 def test_the_verdict_follows_its_rule(tmp_path):
-    def found(r2):
+    def found(r2, loss=0.5, losses=6):
         numbers = dict.fromkeys(Nonlinearity.row_type.__dataclass_fields__, 0.5)
         numbers |= {"tokens": 9999, "apart": 1, "neurons": 9, "r2": r2, "r2_spread": 0.01}
-        rows = [Nonlinearity.row_type(**numbers | {"layer": layer}) for layer in range(6)]
+        none = {"loss": None, "loss_affine": None, "loss_mean": None}
+        rows = [
+            Nonlinearity.row_type(**numbers | {"layer": layer, "loss_affine": loss, "loss_affine_se": 0.02})
+            for layer in range(6)
+        ]
+        rows = [row if row.layer < losses else replace(row, **none) for row in rows]
         return Nonlinearity(rows, {"model": "m", "seed": 0, "tokens": 9, "documents": 2, "d_model": 8})
 
-    assert found(0.88).verdicts()[0].verdict == "mixed"
-    assert found(0.895).verdicts()[0].verdict == "not supported"  # within the spread
+    assert found(0.88).verdicts()[0].verdict == "supported"
+    assert found(0.88, loss=0.03).verdicts()[0].verdict == "mixed"  # within the error
+    assert found(0.88, losses=4).verdicts()[0].verdict == "mixed"  # of four layers no test can say it
+    assert found(0.88, losses=0).verdicts()[0].measured.endswith("no loss")
+    assert found(0.895).verdicts()[0].verdict == "mixed"  # within the spread
+    assert found(0.895, loss=0.03).verdicts()[0].verdict == "not supported"
     assert Nonlinearity(found(0.5).rows[:4], {}).verdicts() == []
     assert Nonlinearity.load(found(0.5).save(tmp_path / "t.parquet")).rows == tuple(found(0.5).rows)
-    assert len(found(0.5).plot().axes) == 3
+    assert len(found(0.5).plot().axes) == 4
 
 
 def test_few_tokens_and_one_document_are_said(gpt2, tokens):
@@ -180,3 +192,45 @@ def test_few_tokens_and_one_document_are_said(gpt2, tokens):
         nonlinearity(gpt2, tokens(gpt2, sequences=1, document=64))
     with pytest.raises(InputError, match="layer 99"):
         nonlinearity(gpt2, tokens(gpt2), layers=[99])
+
+
+def test_only_odd_documents_are_predicted_and_never_more_than_asked(gpt2, tokens):
+    text = tokens(gpt2, sequences=8)
+    some = held_out_text(text, 100)
+    assert some.ids.shape == (1, 64) and (some.document % 2 == 1).all()
+    assert torch.equal(some.ids[0, :16], text.ids[0, 16:32])
+    assert held_out_text(text, 16) is None  # one document alone
+
+
+def test_a_layer_replaced_by_its_map_costs_what_a_change_by_hand_costs(gpt2, tokens):
+    text = tokens(gpt2, sequences=24)
+    (row,) = nonlinearity(gpt2, text, layers=[1], loss_tokens=512).rows
+    beside = Beside(ffns(gpt2)[1], 36, 0)
+    found, mean = affine_map(beside, collect(gpt2, text, probes([beside.ffn])))
+    some = held_out_text(text, 512)
+    for added, to in (
+        (row.loss_affine, lambda read: found(read["in"])),
+        (row.loss_mean, lambda read: mean.to(read["out"]).expand_as(read["out"])),
+    ):
+        by_hand = losses(gpt2, some, {"by hand": [Change(1, "out", to)]})
+        assert (row.loss, added) == pytest.approx((by_hand.mean(), by_hand.delta("by hand")[0]), abs=1e-6)
+    assert abs(row.loss_mean - row.loss_affine) > 1e-5
+
+
+def test_an_affine_layer_is_replaced_at_no_cost(planted, tokens):
+    def shift(hf):
+        hf.transformer.h[1].mlp.c_fc.bias.fill_(100.0)
+
+    model = planted("gpt2", shift)
+    (row,) = nonlinearity(model, tokens(model, sequences=24), layers=[1]).rows
+    assert abs(row.loss_affine) < 1e-5 < abs(row.loss_mean)
+
+
+def test_the_loss_is_left_out_where_there_is_none(model_of, tokens):
+    model = model_of("bert")
+    (row,) = nonlinearity(model, tokens(model), layers=[1]).rows
+    assert row.loss is None and row.loss_affine is None and row.r2 > 0
+    gpt2 = model_of("gpt2")
+    found = nonlinearity(gpt2, tokens(gpt2), layers=[0, 2], loss_layers=1)
+    assert [row.loss is None for row in found.rows] == [False, True] and found.settings["loss_layers"] == [0]
+    assert nonlinearity(gpt2, tokens(gpt2), layers=[0], loss_tokens=0).rows[0].loss is None
