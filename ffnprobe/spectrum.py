@@ -126,6 +126,27 @@ def linear_share(activation: Callable[[Tensor], Tensor], gated: bool = False) ->
     return float((weight * z * f).sum() ** 2 / (weight * f**2).sum())
 
 
+def random_jacobian_rank(expansion: float, activation: Callable[[Tensor], Tensor], gated: bool = False) -> float:
+    """PR(JJ') / d_model of a layer with Gaussian weights at standard normal pre-activations, in (0, 1/2).
+
+    1 / (2 + k / r), r the expansion, k = E s² / (E s)²: s the squared slope of a neuron, act'(z)², or of a gated
+    one act'(g)² u² + act(g)². k: 1 linear, 2 ReLU, 2.1 GELU. Never above half of d_model, however wide the layer.
+
+    >>> round(random_jacobian_rank(4.0, torch.relu), 3), round(random_jacobian_rank(4.0, lambda z: z), 3)
+    (0.4, 0.444)
+    """
+    z = torch.linspace(-12, 12, 48_001, dtype=torch.float64)
+    weight = torch.exp(-(z**2) / 2)
+    weight, f = weight / weight.sum(), activation(z)
+    slope = torch.gradient(f, spacing=(z,))[0] ** 2
+    if gated:
+        mean = (weight * (slope + f**2)).sum()
+        square = (weight * (3 * slope**2 + 2 * slope * f**2 + f**4)).sum()
+    else:
+        mean, square = (weight * slope).sum(), (weight * slope**2).sum()
+    return 1 / (2 + float(square / mean**2) / expansion)
+
+
 def random_feature_rank(rank_in: float, width: int, activation: Callable[[Tensor], Tensor]) -> float:
     """Participation ratio of `width` random plain neurons on inputs of participation ratio `rank_in`.
 

@@ -4,6 +4,8 @@ from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits
 from .expansion_fits import expansion_fits as expansion_fits
+from .gradient_flow import GradientFlow as GradientFlow
+from .gradient_flow import gradient_flow as gradient_flow
 from .hidden_rank import HiddenRank as HiddenRank
 from .hidden_rank import hidden_rank as hidden_rank
 from .memories import Memories as Memories
