@@ -3,6 +3,7 @@ from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
 from .analyzers import gradient_flow as gradient_flow
 from .analyzers import hidden_rank as hidden_rank
+from .analyzers import interactions as interactions
 from .analyzers import memories as memories
 from .analyzers import memory_edit as memory_edit
 from .analyzers import nested as nested

@@ -8,6 +8,8 @@ from .gradient_flow import GradientFlow as GradientFlow
 from .gradient_flow import gradient_flow as gradient_flow
 from .hidden_rank import HiddenRank as HiddenRank
 from .hidden_rank import hidden_rank as hidden_rank
+from .interactions import Interactions as Interactions
+from .interactions import interactions as interactions
 from .memories import Memories as Memories
 from .memories import memories as memories
 from .memory_edit import Edit as Edit
