@@ -23,9 +23,9 @@ class Bilinear(NamedTuple):
 def bilinear(ffn: FFN) -> Bilinear | None:
     """The tensor with which a gated layer multiplies two inputs; None for a plain layer.
 
-    Exact in a bilinear layer (`identity` gate, no biases): y = B(x, x). Elsewhere the layer with its gate linearised,
-    the second-order part at x = 0, up to the factor act'(0). Nothing of it changes with the scale or sign of a
-    neuron. Both unfoldings come from Gram matrices of neurons; the tensor of d_model³ numbers is never made.
+    Exact in a bilinear layer (`identity` gate, no biases): y = B(x, x). Elsewhere the layer with its gate
+    linearised, its second-order part at x = 0 up to the factor act'(0). The scale or sign of a neuron changes
+    nothing. Both unfoldings come from Gram matrices of neurons; the tensor of d_model³ numbers is never made.
     """
     if ffn.gates is None:
         return None

@@ -77,8 +77,8 @@ class Interactions(Result):
             f"layer); of random neurons {middle(lambda r: r.share_null):.1%}. On those components alone: "
             f"{middle(lambda r: r.components_linear):.0%} affine and {middle(lambda r: r.components_share):.1%} "
             "more by products.",
-            f"What two changes do together but not one by one is {real:.2f} of what they do one by one, along half "
-            f"the difference of real tokens (median layer); along random directions of the same norms "
+            f"What two changes do together but not one by one is {real:.2f} of what they do one by one, along "
+            "half the difference of real tokens (median layer); along random directions of the same norms "
             f"{directions:.2f}, with random weights {weights:.2f}.",
         ]
         if rows[0].bilinear_output is not None:
@@ -87,8 +87,8 @@ class Interactions(Result):
                 for name in ("output", "output_null", "input", "input_null")
             )
             sentences.append(
-                f"The bilinear tensor of gates, keys and values spreads over {output:.0f} directions that it writes "
-                f"and {entering:.0f} that it reads (participation ratio, median layer); of Gaussian weights "
+                f"The bilinear tensor of gates, keys and values spreads over {output:.0f} directions that it "
+                f"writes and {entering:.0f} that it reads (participation ratio, median layer); of Gaussian weights "
                 f"{null:.0f} and {enter_null:.0f}."
             )
         return sentences
@@ -156,8 +156,8 @@ class Interactions(Result):
 # written before any pretrained model was measured
 RULE = (
     "supported if, in most layers (sign test, 5%), products of the leading components of x explain what the layer "
-    "writes beyond the best affine map of all of x, held out by document, by more than the document spread and than "
-    f"they do for random neurons; and two changes of {JUDGED:g} token differences interact more than with random "
+    "writes beyond the best affine map of all of x, held out by document, by more than the document spread and "
+    f"than they do for random neurons; and two changes of {JUDGED:g} token differences interact more than with random "
     "weights; mixed if only one holds"
 )
 AGAINST = (
@@ -195,8 +195,8 @@ def interactions(
     """What of a layer is quadratic in what it reads, and what two changes do together beyond what each does alone.
 
     Products z_i z_j, i <= j, squares among them, are of the leading principal components of x in the pilot sample.
-    The changes are differences of two other ordinary tokens each, at the size given by the scale. A sum x + a + b is
-    no token: at scale 1 it lies well outside of what the layer was trained on.
+    The changes are differences of two other ordinary tokens each, at the size given by the scale. A sum x + a + b
+    is no token: at scale 1 it lies well outside of what the layer was trained on.
 
     Args:
         layers: the layers to measure; all by default.
@@ -239,7 +239,8 @@ def _regressions(beside: Beside, statistics: Mapping[str, Any]) -> dict[str, Any
     few, few_quadratic = of(leading[:, : basis.shape[1]]), of(leading)
     y, random = slice(0, d), slice(d, None)
     hidden = [ordinary(beside, statistics, half) for half in HALVES]
-    weights = sum(part.n * part.variance[beside.of_hidden][beside.random_like] for part in hidden)
+    own = [part.n * part.variance[beside.of_hidden][beside.random_like] for part in hidden]
+    weights = torch.stack(own).sum(0)
 
     def null(judged: HeldOut) -> float:
         return judged.targets(random).weighted(weights)

@@ -192,7 +192,7 @@ def nonlinearity(
     seed: int = 0,
     budget: int = BUDGET,
     loss_tokens: int = 2048,
-    loss_layers: int = 10,
+    loss_layers: int = 8,
     statistics: Mapping[str, Any] | None = None,
     **collecting: Any,
 ) -> Nonlinearity:
