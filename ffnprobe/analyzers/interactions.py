@@ -88,8 +88,8 @@ class Interactions(Result):
             )
             sentences.append(
                 f"The bilinear tensor of gates, keys and values spreads over {output:.0f} directions that it "
-                f"writes and {entering:.0f} that it reads (participation ratio, median layer); of Gaussian weights "
-                f"{null:.0f} and {enter_null:.0f}."
+                f"writes and {entering:.0f} that it reads (participation ratio, median layer); of Gaussian "
+                f"weights {null:.0f} and {enter_null:.0f}."
             )
         return sentences
 
@@ -157,8 +157,8 @@ class Interactions(Result):
 RULE = (
     "supported if, in most layers (sign test, 5%), products of the leading components of x explain what the layer "
     "writes beyond the best affine map of all of x, held out by document, by more than the document spread and "
-    f"than they do for random neurons; and two changes of {JUDGED:g} token differences interact more than with random "
-    "weights; mixed if only one holds"
+    f"than they do for random neurons; and two changes of {JUDGED:g} token differences interact more than with "
+    "random weights; mixed if only one holds"
 )
 AGAINST = (
     "First-order approximations predict most effects of a feature (attribution patching, Syed et al. 2023; sparse "

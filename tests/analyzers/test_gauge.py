@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from ffnprobe import hidden_rank, memories, neuron_clusters, weight_rank
+from ffnprobe import (
+    gradient_flow,
+    hidden_rank,
+    interactions,
+    memories,
+    neuron_clusters,
+    nonlinearity,
+    weight_rank,
+)
 
 FLOATS = 1e-3  # activations are float32
 
@@ -30,12 +38,13 @@ def same(one, other) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize(
-    "analyzer", [hidden_rank, memories, weight_rank, neuron_clusters], ids=lambda f: f.__name__
-)
+STREAMED = [hidden_rank, memories, nonlinearity, interactions, gradient_flow]
+
+
+@pytest.mark.parametrize("analyzer", [*STREAMED, weight_rank, neuron_clusters], ids=lambda f: f.__name__)
 def test_no_number_changes(analyzer, planted, model_of, tokens):
     one, other = model_of("llama"), planted("llama", rescale)
-    arguments = [tokens(one)] if analyzer in (hidden_rank, memories) else []
+    arguments = [tokens(one)] if analyzer in STREAMED else []
     for a, b in zip(analyzer(one, *arguments).rows, analyzer(other, *arguments).rows, strict=True):
         for name, value in vars(a).items():
             assert same(value, getattr(b, name)), (name, value, getattr(b, name))
