@@ -1,4 +1,5 @@
 from .analyzers import Edit as Edit
+from .analyzers import claims_family as claims_family
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
 from .analyzers import gradient_flow as gradient_flow

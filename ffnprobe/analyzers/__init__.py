@@ -1,5 +1,7 @@
 """One question a file."""
 
+from .claims_family import ClaimsFamily as ClaimsFamily
+from .claims_family import claims_family as claims_family
 from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits

@@ -56,6 +56,16 @@ class Row:
     more: float | None = column("ratio", "passed - passed_off")
     more_se: float | None = column("ratio", "its standard error over sequences")
 
+    @property
+    def passes_more(self) -> bool:
+        """More of the gradient passes with the FFN on than off, by more than 2 standard errors."""
+        return self.more is not None and self.more > 2 * (self.more_se or 0)
+
+    @property
+    def beats_random(self) -> bool:
+        """More passes than with random weights of the same norms."""
+        return self.passed is not None and self.passed_null is not None and self.passed > self.passed_null
+
 
 @dataclass(frozen=True)
 class GradientFlow(Result):
@@ -92,21 +102,17 @@ class GradientFlow(Result):
             )
             sentences.append(
                 f"Of the gradient's norm behind a block {on:.2f} arrives before it, {off:.2f} with the FFN off, "
-                f"{random:.2f} with random weights in it (median layer); more with the FFN on than off in "
-                f"{self._above('passed_off')} of {len(judged)} layers."
+                f"{random:.2f} with random weights in it (median layer); clearly more with the FFN on "
+                f"than off in {sum(row.passes_more for row in judged)} of {len(judged)} layers."
             )
         return sentences
-
-    def _above(self, other: str) -> int:
-        return sum(row.passed > getattr(row, other) for row in self.judged)
 
     def verdicts(self) -> list[Verdict]:
         judged = self.judged
         n = len(judged)
         if n < FEWEST_LAYERS:
             return []
-        more = sum((row.more or 0) > 2 * (row.more_se or 0) for row in judged)
-        learnt = self._above("passed_null")
+        more, learnt = sum(row.passes_more for row in judged), sum(row.beats_random for row in judged)
         return [
             Verdict(
                 claim=6,

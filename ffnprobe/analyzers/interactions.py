@@ -54,6 +54,16 @@ class Row:
     bilinear_top: float | None = column("directions", "hard rank of what its top output direction multiplies")
     bilinear_top_null: float | None = column("directions", "the same of Gaussian weights")
 
+    @property
+    def multiplies(self) -> bool:
+        """Products explain what no affine map does, by more than the document spread and than random neurons'."""
+        return self.share - self.share_spread > max(0.0, self.share_null)
+
+    @property
+    def interacts(self) -> bool:
+        """Two changes at once do more together than with random weights, by more than the spread of the sample."""
+        return at_judged(self.index) - self.index_spread > at_judged(self.index_weights)
+
 
 @dataclass(frozen=True)
 class Interactions(Result):
@@ -97,8 +107,7 @@ class Interactions(Result):
         n = len(self.rows)
         if n < FEWEST_LAYERS:
             return []
-        products = sum(row.share - row.share_spread > max(0.0, row.share_null) for row in self.rows)
-        index = sum(at_judged(row.index) - row.index_spread > at_judged(row.index_weights) for row in self.rows)
+        products, index = sum(row.multiplies for row in self.rows), sum(row.interacts for row in self.rows)
         judged = beyond(products, n), beyond(index, n)
         return [
             Verdict(

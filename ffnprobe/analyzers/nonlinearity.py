@@ -55,6 +55,17 @@ class Row:
     loss_mean: float | None = column("nats/token", "added if the mean of even documents is written instead")
     loss_mean_se: float | None = column("nats/token", "its standard error over documents")
 
+    @property
+    def bent(self) -> bool:
+        """An affine map leaves too much of what is written, by more than the document spread."""
+        return self.r2 + self.r2_spread < ALMOST
+
+    @property
+    def costly(self) -> bool:
+        """The loss rises by more than 2 standard errors with the affine map in place of the layer."""
+        added, error = self.loss_affine, self.loss_affine_se
+        return added is not None and error is not None and added > 2 * error
+
 
 @dataclass(frozen=True)
 class Nonlinearity(Result):
@@ -112,8 +123,7 @@ class Nonlinearity(Result):
         n, replaced = len(self.rows), self.replaced
         if n < FEWEST_LAYERS:
             return []
-        bent = sum(row.r2 + row.r2_spread < ALMOST for row in self.rows)
-        worse = sum(_clearly(row.loss_affine, row.loss_affine_se) for row in replaced)
+        bent, worse = sum(row.bent for row in self.rows), sum(row.costly for row in replaced)
         measured = (
             f"R2 below {ALMOST:g} in {bent} of {n} layers, {self._median('r2'):.2f} at the median one (random "
             f"weights {self._median('r2_null'):.2f}); "
@@ -239,10 +249,6 @@ def affine_map(
     part = ordinary(beside, statistics, half)
     y = written(beside, part, statistics, half)
     return _to_y(beside, fit(part), y), y.mean
-
-
-def _clearly(added: float | None, error: float | None) -> bool:
-    return added is not None and error is not None and added > 2 * error
 
 
 def _to_y(beside: Beside, found: AffineMap, y: Paired) -> AffineMap:
