@@ -84,6 +84,8 @@ def test_random_neurons_are_those_of_the_null_on_the_same_inputs(model, tokens):
     # fewer neurons than the null has: it is the whole layer with random weights
     beside = Beside(ffn, ffn.d_mlp, 0)
     assert beside.random.keys.norm(dim=1) == pytest.approx(ffn.canonical().keys.norm(dim=1), rel=1e-5)
+    cosine = torch.nn.functional.cosine_similarity(beside.random.keys, ffn.canonical().keys)
+    assert cosine.abs().max() < 0.99 and cosine.abs().mean() < 0.4  # and they are not the trained ones
     h, null = (f(x.float()).double() for f in (ffn.canonical().hidden, beside.random.hidden))
     judged, trained = (cross_fitted([paired(x[m], t[m]) for m in (kept & (half == i) for i in (0, 1))])
                        for t in (null, h))  # fmt: skip
