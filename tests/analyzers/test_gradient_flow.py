@@ -68,8 +68,8 @@ def test_random_vectors_agree_with_the_jacobian_itself(gated):
         one = exact(ffn, token)
         closely = hutchinson(ffn, token, 1500, torch.Generator().manual_seed(0))
         assert closely == pytest.approx((one.rank, float(one.singular.square().sum())), rel=0.05)
-    few = [hutchinson(ffn, token, 16, torch.Generator().manual_seed(seed))[0] for seed in range(150)]
-    assert sum(few) / 150 == pytest.approx(one.rank, rel=0.03)  # no bias is left
+    few = [hutchinson(ffn, token, 64, torch.Generator().manual_seed(seed))[0] for seed in range(40)]
+    assert sum(few) / 40 == pytest.approx(one.rank, rel=0.03)
     one, other = jacobian_numbers(ffn, x, 0), jacobian_numbers(ffn, x, 0, most=39)
     assert other["rank"] == pytest.approx(one["rank"], rel=0.1) and other["condition"] is None
     assert other["rank_null"] == pytest.approx(one["rank_null"], rel=0.1) and other["singular_values"] == []
