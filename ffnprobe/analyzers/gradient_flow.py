@@ -152,7 +152,7 @@ class GradientFlow(Result):
             ("passed_null", "--", GREY, "random weights"),
         ):
             passed.plot(at, [getattr(row, measure) for row in self.judged], mark, color=colour, label=label)
-        passed.set(title="Gradient through the block", ylabel="norm at the input / norm behind")
+        passed.set(title="Gradient through the block", ylabel="norm at the input / norm behind", yscale="log")
         for axes in (rank, spectrum, condition, passed):
             if axes is not spectrum:
                 axes.set_xlabel("layer")

@@ -134,8 +134,7 @@ class Nonlinearity(Result):
             Verdict(
                 claim=1,
                 rule=RULE,
-                measured=measured
-                + (f"loss higher in {worse} of {len(replaced)} layers" if replaced else "no loss"),
+                measured=measured,
                 verdict="supported" if all(judged) else "mixed" if any(judged) else "not supported",
                 against=AGAINST,
             )
@@ -165,16 +164,29 @@ class Nonlinearity(Result):
             middle, spread = ([getattr(r, name) for r in self.rows] for name in (measure, f"{measure}_spread"))
             low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(layers, low, high, color=BLACK, alpha=0.15, linewidth=0)
-            axes.set_ylim(min(0, *low), 1.02)
+            least = min(*low, *(row.r2_unmasked for row in self.rows)) if axes is written else min(low)
+            axes.set_ylim(max(-1, min(0, least)) - 0.02, 1.02)
         written.set(title="The layer as an affine map", ylabel="R² of y, held out")
         held.set(title="What of h is affine in x", ylabel="share of the variance of h")
         ranks.set(title="What the nonlinearity adds", ylabel="soft rank (directions)", yscale="log")
-        for kind, (mark, colour) in {"affine": ("o-", BLACK), "mean": ("s--", ORANGE)}.items():
+        for kind, (mark, colour, what) in {
+            "affine": ("o-", BLACK, "affine map"),
+            "mean": ("s--", ORANGE, "mean"),
+        }.items():
             at = [row.layer for row in self.replaced]
             added, error = ([getattr(r, f"loss_{kind}{end}") for r in self.replaced] for end in ("", "_se"))
-            cost.errorbar(at, added, error, fmt=mark, color=colour, label=f"{kind} of even documents", capsize=2)
+            cost.errorbar(
+                at,
+                added,
+                error,
+                fmt=mark,
+                color=colour,
+                label=f"by its {kind} map" if kind == "affine" else "by its mean",
+                capsize=2,
+            )
         cost.axhline(0, color=GREY, linewidth=0.8)
-        cost.set(title="A layer replaced", ylabel="added loss (nats/token)", yscale="symlog")
+        cost.set(title="A layer replaced", ylabel="added loss (nats/token)")
+        cost.set_yscale("symlog", linthresh=0.1)  # a first layer may cost nats, the others hundredths
         for axes in (written, held, ranks, cost):
             axes.set_xlabel("layer")
             legend_below(axes)
