@@ -1,9 +1,12 @@
 from .analyzers import Edit as Edit
 from .analyzers import claims as claims
+from .analyzers import claims_family as claims_family
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
 from .analyzers import experts as experts
+from .analyzers import gradient_flow as gradient_flow
 from .analyzers import hidden_rank as hidden_rank
+from .analyzers import interactions as interactions
 from .analyzers import knockout as knockout
 from .analyzers import memories as memories
 from .analyzers import memory_edit as memory_edit
@@ -11,6 +14,7 @@ from .analyzers import memory_use as memory_use
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
 from .analyzers import neuron_roles as neuron_roles
+from .analyzers import nonlinearity as nonlinearity
 from .analyzers import quantization as quantization
 from .analyzers import quantization_family as quantization_family
 from .analyzers import recall as recall

@@ -40,10 +40,11 @@ STYLE: dict[Any, Any] = {
 styled = rc_context(STYLE)  # decorates a `plot`
 
 
-def new_figure(panels: int, caption: str) -> tuple[Figure, Any]:
-    """A row of panels with a caption below, without pyplot's global state."""
-    figure = Figure(figsize=(3.9 * panels, 3.9), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+def new_figure(panels: int, caption: str, rows: int = 1) -> tuple[Figure, Any]:
+    """Panels in one row or several, with a caption below, without pyplot's global state."""
+    columns = -(-panels // rows)
+    figure = Figure(figsize=(3.9 * columns, 3.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()[:panels]
     # a model's name may hold anything: a dollar would be mathematics, a control character no SVG
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in caption)
     figure.supxlabel(shown, fontsize=7.5, color="#555555", parse_math=False)

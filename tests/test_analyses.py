@@ -12,6 +12,7 @@ ANALYSES = Path(__file__).parents[1] / "analyses"
 SCRIPTS = sorted(ANALYSES.glob("plot_*.py"))
 OWN = {
     "plot_recall.py": ["recall-planted"],
+    "plot_claims_family.py": ["claims_family-tiny"],
     "plot_expansion.py": ["expansion-tiny", "expansion_fits-tiny"],
     "plot_memory_edit.py": ["memory_edit-tiny-x4"],
     "plot_quantization_family.py": ["quantization_family-tiny"],
@@ -55,6 +56,17 @@ def test_codes_of_a_family_are_drawn_from_two_models(run, tmp_path, capsys):
     (stem,) = OWN["plot_quantization_family.py"]
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for kind in ("png", "svg", "parquet")}
     assert "lost to d_mlp codewords of x" in capsys.readouterr().out
+
+
+def test_the_claims_of_the_family_are_drawn_from_two_models(run, tmp_path, capsys):
+    models, corpus = ("tiny-x1", "tiny-x0.5"), str(ANALYSES.parent / "data/tiny/heldout.jsonl")
+    run(
+        ANALYSES / "plot_claims_family.py", *models, "--corpus", corpus, "--tokens", "1024", "--out", str(tmp_path)
+    )
+    (stem,) = OWN["plot_claims_family.py"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for kind in ("png", "svg", "parquet")}
+    said = capsys.readouterr().out
+    assert "expansion 0.5 to 1: R² of y" in said and "before training" in said and "claim 6, " in said
 
 
 def test_edits_are_drawn_on_a_tiny_model(run, tmp_path, capsys):

@@ -11,7 +11,7 @@ import ffnprobe
 
 ROOT = Path(ffnprobe.__file__).parent
 RANKS = (
-    ("errors", "spectrum", "family", "scaling"),
+    ("errors", "spectrum", "family", "scaling", "regression"),
     ("disk", "shipped", "ffn", "clustering", "statistics", "vocabulary", "backoff", "memory"),
     ("result", "figure", "taps", "hub", "lock", "tensors"),
     ("check", "manifest", "norms", "placement"),

@@ -2,14 +2,20 @@
 
 from .claims import Claims as Claims
 from .claims import claims as claims
+from .claims_family import ClaimsFamily as ClaimsFamily
+from .claims_family import claims_family as claims_family
 from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits
 from .expansion_fits import expansion_fits as expansion_fits
 from .experts import Experts as Experts
 from .experts import experts as experts
+from .gradient_flow import GradientFlow as GradientFlow
+from .gradient_flow import gradient_flow as gradient_flow
 from .hidden_rank import HiddenRank as HiddenRank
 from .hidden_rank import hidden_rank as hidden_rank
+from .interactions import Interactions as Interactions
+from .interactions import interactions as interactions
 from .knockout import Knockout as Knockout
 from .knockout import knockout as knockout
 from .memories import Memories as Memories
@@ -25,6 +31,8 @@ from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
 from .neuron_roles import NeuronRoles as NeuronRoles
 from .neuron_roles import neuron_roles as neuron_roles
+from .nonlinearity import Nonlinearity as Nonlinearity
+from .nonlinearity import nonlinearity as nonlinearity
 from .quantization import Quantization as Quantization
 from .quantization import quantization as quantization
 from .quantization_family import QuantizationFamily as QuantizationFamily

@@ -101,14 +101,9 @@ def untrained(
     model: Model, tokens: Tokens, longer: Tokens, spec: str | Path, collecting: Mapping[str, Any]
 ) -> Iterator[Line]:
     """The model before training, if it is one of ours: a line a layer."""
-    training = _training(spec)
-    if training is None:
+    start = before_training(model, spec)
+    if start is None:
         return
-    weights = MEMBERS[training["member"]].at_step_0(training["seed"])
-    if digest(weights.state_dict()) != training["step_0_sha256"]:
-        log.warning("%s: another torch or transformers gives other weights at step 0, which is left out", spec)
-        return
-    start = load_model(weights, tokenizer=tokenizer_of(model), device=input_device(plain(model)))
     probes: dict[str, Probe] = {}
     for ffn in ffns(start):
         probes |= _hidden(ffn, 1)
@@ -118,6 +113,18 @@ def untrained(
         moments = found[f"{ffn.layer}/0"]
         measured = _ranks(sp.eigenvalues(moments.compute().centred), moments)
         yield ONLY_TRAINED | _facts(ffn, spec, found) | {"state": STEP_0, "loss": loss} | measured
+
+
+def before_training(model: Model, spec: str | Path) -> Model | None:
+    """One of our models as it was before training; None for another, or where it cannot be made again."""
+    training = _training(spec)
+    if training is None:
+        return None
+    weights = MEMBERS[training["member"]].at_step_0(training["seed"])
+    if digest(weights.state_dict()) != training["step_0_sha256"]:
+        log.warning("%s: another torch or transformers gives other weights at step 0, which is left out", spec)
+        return None
+    return load_model(weights, tokenizer=tokenizer_of(model), device=input_device(plain(model)))
 
 
 def subsets(

@@ -5,6 +5,9 @@ from .base import Statistic as Statistic
 from .co_activation import CoActivation as CoActivation
 from .co_activation import CoActive as CoActive
 from .count import Count as Count
+from .cross_moments import Cross as Cross
+from .cross_moments import CrossMoments as CrossMoments
+from .cross_moments import QuadraticMoments as QuadraticMoments
 from .firing_by_position import ByPosition as ByPosition
 from .firing_by_position import FiringByPosition as FiringByPosition
 from .firing_rate import FiringRate as FiringRate

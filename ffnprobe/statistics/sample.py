@@ -22,7 +22,7 @@ class Drawn:
 
 
 class Sample(Statistic):
-    """The k rows whose token index has the smallest hash, in float32: a random sample of min(k, n) rows.
+    """The k rows whose token index has the smallest hash, in float32 at least: a random sample of min(k, n) rows.
 
     The hash is one to one, so that the sample depends on the seed and on the tokens seen, not on how the stream
     was cut; and two samples of the same tokens, of whatever sites, hold the same tokens.
@@ -33,21 +33,26 @@ class Sample(Statistic):
     @classmethod
     def about(cls, sample: Float[Tensor, "n d"], k: int = 4096, seed: int = 0) -> Sample:
         """Nothing seen yet."""
-        device = sample.device
+        device, wide = sample.device, torch.promote_types(sample.dtype, torch.float32)
         return cls(
             {
                 "n": no_tokens(),
                 "seed": torch.tensor(seed),
                 "order": torch.full((k,), LAST, device=device),
                 "at": torch.full((k,), -1, device=device),
-                "rows": torch.zeros(k, sample.shape[1], device=device),
+                "rows": torch.zeros(k, sample.shape[1], dtype=wide, device=device),
             }
         )
 
     def _summary(self, x: Float[Tensor, "n d"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
         order = _hashed(at, self._state["seed"])
         few = (order < self._state["order"][-1]).nonzero().squeeze(1)
-        return {"n": torch.tensor(len(x)), "order": order[few], "at": at[few], "rows": x[few].float()}
+        return {
+            "n": torch.tensor(len(x)),
+            "order": order[few],
+            "at": at[few],
+            "rows": x[few].to(self._state["rows"]),
+        }
 
     def _add(self, part) -> None:
         order = torch.cat([self._state["order"], part["order"]])

@@ -13,12 +13,15 @@ from ffnprobe.models import Model, ffns
 CLOSE = 1e-5
 ANALYZERS: list[Callable] = [
     fp.experts,
+    fp.gradient_flow,
     fp.hidden_rank,
+    fp.interactions,
     fp.knockout,
     fp.memories,
     fp.memory_use,
     fp.neuron_clusters,
     fp.neuron_roles,
+    fp.nonlinearity,
     fp.quantization,
     fp.weight_rank,
 ]

@@ -1,0 +1,83 @@
+"""Moments across sites, products of components, and a sample: each against its slow reference."""
+
+import pytest
+import torch
+
+from ffnprobe.statistics import CrossMoments, QuadraticMoments, Sample
+from ffnprobe.statistics.sample import hashed
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("d", [1, 3, 4])
+def test_cross_moments_are_torchs_covariance(d):
+    x = gaussian(50, 5) @ gaussian(5, 5, seed=1) + 100
+    cross = CrossMoments.about(x[:7], d)
+    for part in x.split(13):
+        cross.update(part, torch.arange(len(part)))
+    found, whole = cross.compute(), torch.cov(x.T, correction=0)
+    assert torch.allclose(found.covariance, whole[:d, d:])
+    assert torch.allclose(found.variance, whole.diagonal()[d:])
+    assert torch.allclose(torch.cat([found.input_mean, found.mean]), x.mean(0))
+
+
+def test_one_token_has_a_mean_and_no_variance():
+    cross = CrossMoments.about(gaussian(4, 3), 2)
+    cross.update(torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([5]))
+    found = cross.compute()
+    assert found.mean.tolist() == [pytest.approx(3)] and found.input_mean.tolist() == pytest.approx([1, 2])
+    assert float(found.variance) == pytest.approx(0) and found.covariance.abs().max() < 1e-12
+
+
+def test_what_is_not_finite_is_said():
+    cross = CrossMoments.about(gaussian(4, 3), 2)
+    cross.update(torch.full((2, 3), torch.inf), torch.arange(2))
+    with pytest.raises(ValueError, match="not finite"):
+        cross.compute()
+
+
+def test_products_of_components_are_a_loop_over_pairs():
+    x, b = gaussian(60, 4) * torch.tensor([1.0, 5.0, 2.0, 0.1]) + 3, gaussian(60, 2, seed=1)
+    rows = torch.cat([x, b], dim=1)
+    quadratic = QuadraticMoments.about(rows[:40], d=4, k=3)
+    for part in rows.split(17):
+        quadratic.update(part, torch.arange(len(part)))
+    components = (x - x[:40].mean(0)) @ quadratic.basis
+    pilot = torch.cov(components[:40].T, correction=0)
+    assert torch.allclose(pilot, torch.eye(3).double(), atol=1e-9)
+    spread = torch.linalg.eigvalsh(torch.cov(x[:40].T, correction=0)).flip(0)
+    assert torch.allclose(quadratic.basis.norm(dim=0), spread[:3].rsqrt())  # the leading three
+    products = [components[:, i] * components[:, j] for i in range(3) for j in range(i, 3)]
+    reference = torch.cov(torch.stack([*products, *rows.T]), correction=0)
+    found = quadratic.compute()
+    assert torch.allclose(found.covariance, reference[:6])
+
+
+def test_products_of_what_never_varies_are_finite():
+    for pilot in (torch.ones(3, 4), torch.ones(0, 4), torch.ones(1, 4)):
+        quadratic = QuadraticMoments.about(pilot, d=3, k=2)
+        quadratic.update(torch.ones(5, 4), torch.arange(5))
+        assert torch.isfinite(quadratic.compute().covariance).all()
+
+
+def test_a_sample_is_the_rows_of_the_smallest_hashes_in_any_order():
+    x, at = gaussian(200, 3), torch.randperm(5000, generator=torch.Generator().manual_seed(1))[:200]
+    for order in (torch.arange(200), torch.arange(199, -1, -1)):
+        sample = Sample.about(x[:5], k=20, seed=3)
+        for rows in order.split(31):
+            sample.update(x[rows], at[rows])
+        assert torch.equal(sample.compute(), x[hashed(at, 3).argsort()[:20]])
+
+
+def test_every_token_is_as_likely_as_any_other_and_seeds_differ():
+    at = torch.arange(2000)
+    drawn = torch.stack([hashed(at, seed).argsort()[:200] for seed in range(200)])
+    counts = drawn.flatten().bincount(minlength=2000).double()
+    assert float(counts.mean()) == 20
+    # 200 draws of one token in ten: a binomial has a variance of 18
+    assert float(counts.var()) == pytest.approx(18, rel=0.1)
+    halves = drawn.double().mean(1)  # no place in the corpus is preferred
+    assert float(halves.mean()) == pytest.approx(1000, abs=4 * 577 / 200)
+    assert len(hashed(torch.arange(100_000) * 7919, 5).unique()) == 100_000
