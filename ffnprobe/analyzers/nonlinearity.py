@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -24,6 +23,7 @@ from ..stream import choose_layers, collect, settings_of
 from .affine_loss import NO_LOSS, Loss, affine_losses, evenly
 from .affine_probes import HALVES, Beside, besides, everything, ordinary, writing, written
 from .affine_probes import probes as probes
+from .affine_ranks import affine_ranks
 from .hidden_rank import check_documents
 from .rank_probes import BUDGET
 
@@ -169,21 +169,10 @@ class Nonlinearity(Result):
         written.set(title="The layer as an affine map", ylabel="R² of y, held out")
         held.set(title="What of h is affine in x", ylabel="share of the variance of h")
         ranks.set(title="What the nonlinearity adds", ylabel="soft rank (directions)", yscale="log")
-        for kind, (mark, colour, what) in {
-            "affine": ("o-", BLACK, "affine map"),
-            "mean": ("s--", ORANGE, "mean"),
-        }.items():
+        for kind, what, mark, colour in (("affine", "affine map", "o-", BLACK), ("mean", "mean", "s--", ORANGE)):
             at = [row.layer for row in self.replaced]
             added, error = ([getattr(r, f"loss_{kind}{end}") for r in self.replaced] for end in ("", "_se"))
-            cost.errorbar(
-                at,
-                added,
-                error,
-                fmt=mark,
-                color=colour,
-                label=f"by its {kind} map" if kind == "affine" else "by its mean",
-                capsize=2,
-            )
+            cost.errorbar(at, added, error, fmt=mark, color=colour, label=f"by its {what}", capsize=2)
         cost.axhline(0, color=GREY, linewidth=0.8)
         cost.set(title="A layer replaced", ylabel="added loss (nats/token)")
         cost.set_yscale("symlog", linthresh=0.1)  # a first layer may cost nats, the others hundredths
@@ -282,7 +271,6 @@ def layer_row(beside: Beside, statistics: Mapping[str, Any], added: Loss) -> Row
     h, random = (judged.targets(which) for which in (beside.of_hidden, beside.of_random))
     variance = (h.n @ h.variance)[beside.random_like]
     reach = ffn.canonical().values.double().norm(dim=1).cpu()[beside.chosen[beside.random_like]]
-    ranks = _ranks(beside, parts, maps, statistics) if f"hidden_rank/{ffn.layer}/post/0" in statistics else {}
     x = Moments(statistics[f"hidden_rank/{ffn.layer}/in/0"].state())
     x.merge(statistics[f"hidden_rank/{ffn.layer}/in/1"])
     return Row(
@@ -299,35 +287,6 @@ def layer_row(beside: Beside, statistics: Mapping[str, Any], added: Loss) -> Row
         linear_share_gaussian=sp.linear_share(ACTIVATIONS[ffn.activation], ffn.gated),
         soft_rank_in=sp.soft_rank(sp.eigenvalues(x.compute().centred)),
         neurons=beside.neurons,
-        **(NO_RANKS | ranks | added),
+        **affine_ranks(beside, parts, maps, statistics),
+        **added,
     )
-
-
-def _ranks(
-    beside: Beside, parts: Sequence[Paired], maps: Sequence[AffineMap], statistics: Mapping[str, Any]
-) -> dict[str, float]:
-    """Of what the map of the other half says of h, of what it leaves, and of both: covariances of both halves."""
-    whole, linear, rest = (torch.zeros(beside.ffn.d_mlp, beside.ffn.d_mlp, dtype=torch.float64) for _ in range(3))
-    total = sum(part.n for part in parts)
-    for half, part, found in zip(HALVES, parts, reversed(maps), strict=True):
-        B, share = found.weights[:, : beside.ffn.d_mlp].cpu(), part.n / total
-        C = statistics[f"hidden_rank/{beside.ffn.layer}/post/{half}"].compute().centred.cpu()
-        said = B.T @ (part.inputs.cpu() @ B)
-        both = B.T @ part.cross[:, beside.of_hidden].cpu()
-        whole += share * C
-        linear += share * said
-        rest += share * (C - both - both.T + said)
-    return {
-        f"{measure}{name}": rank(spectrum)
-        for name, spectrum in zip(
-            ("", "_linear", "_nonlinear"), map(sp.eigenvalues, (whole, linear, rest)), strict=True
-        )
-        for measure, rank in (("soft_rank", sp.soft_rank), ("participation_ratio", sp.participation_ratio))
-    }
-
-
-NO_RANKS = dict.fromkeys(
-    f"{measure}{name}"
-    for measure in ("soft_rank", "participation_ratio")
-    for name in ("", "_linear", "_nonlinear")
-)
