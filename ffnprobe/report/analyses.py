@@ -10,27 +10,36 @@ import torch
 
 from ..analyzers import (
     Experts,
+    GradientFlow,
     HiddenRank,
+    Interactions,
     Knockout,
     Memories,
     MemoryUse,
     NeuronClusters,
     NeuronRoles,
+    Nonlinearity,
     Quantization,
     SVDDirections,
     WeightRank,
     experts,
+    gradient_flow,
     hidden_rank,
+    interactions,
     knockout,
     memories,
     memory_use,
     neuron_clusters,
     neuron_roles,
+    nonlinearity,
     quantization,
     svd_directions,
     weight_rank,
 )
+from ..analyzers.affine_probes import probes as affine_probes
 from ..analyzers.experts import probes as expert_probes
+from ..analyzers.gradient_flow import probes as gradient_probes
+from ..analyzers.interactions import probes as interaction_probes
 from ..analyzers.knockout import probes as knockout_probes
 from ..analyzers.memories import probes as memory_probes
 from ..analyzers.quantization import SPREAD, spread
@@ -91,6 +100,7 @@ class Analysis:
     """One analysis of the report.
 
     `why_not` says why a model does not allow it, `too_little` why its tokens do not, None where they do.
+    `uses` are the analyzers whose statistics it reads beside its own; its probes hold theirs.
     `most_layers` are those that take time, all of them if None; 0: the time does not grow with the layers.
     """
 
@@ -99,6 +109,7 @@ class Analysis:
     probes: Callable[[Sequence[FFN], Settings, Tokens], dict[str, Probe]] = _nothing
     why_not: Callable[[Model], str | None] = lambda model: None
     too_little: Callable[[Tokens], str | None] = lambda tokens: None
+    uses: tuple[str, ...] = ()
     most_layers: int | None = None
 
     def grows(self, layers: int, timed: int) -> float:
@@ -121,6 +132,12 @@ def _unfoldable(model: Model) -> str | None:
     except ModelRefused as error:
         return str(error)
     return None
+
+
+def _losses(of: Inputs) -> int:
+    """Tokens on which the losses of an analyzer that has more to say are compared; 0 where they cannot be."""
+    refused = _no_loss(of.work.model) or _one_document(of.work.tokens)
+    return 0 if refused else HELD_OUT
 
 
 def _sets(of: Inputs) -> dict[str, dict[int, list[int]]] | None:
@@ -156,6 +173,20 @@ ANALYSES: Mapping[str, Analysis] = {
         HiddenRank,
         lambda of: hidden_rank(*of.measured, budget=of.settings.budget, **of.streamed),
         lambda layers, settings, _: rank_probes(layers, settings.seed, settings.budget),
+    ),
+    "nonlinearity": Analysis(
+        Nonlinearity,
+        lambda of: nonlinearity(
+            *of.measured, budget=of.settings.budget, loss_tokens=_losses(of), loss_layers=6, **of.streamed
+        ),
+        lambda layers, settings, _: affine_probes(layers, settings.seed, settings.budget),
+        uses=("hidden_rank",),
+    ),
+    "interactions": Analysis(
+        Interactions,
+        lambda of: interactions(*of.measured, budget=of.settings.budget, **of.streamed),
+        lambda layers, settings, _: interaction_probes(layers, settings.seed, settings.budget),
+        uses=("hidden_rank", "nonlinearity"),
     ),
     "memories": Analysis(
         Memories,
@@ -196,6 +227,11 @@ ANALYSES: Mapping[str, Analysis] = {
         lambda layers, settings, _: expert_probes(layers, seed=settings.seed),
         _no_loss,
         _one_document,
+    ),
+    "gradient_flow": Analysis(
+        GradientFlow,
+        lambda of: gradient_flow(*of.measured, gradient_tokens=min(512, _losses(of)), **of.streamed),
+        lambda layers, settings, _: gradient_probes(layers, seed=settings.seed),
     ),
     "weight_rank": Analysis(WeightRank, lambda of: weight_rank(of.work.model, **of.shared)),
     "neuron_clusters": Analysis(NeuronClusters, lambda of: neuron_clusters(of.work.model, **of.shared)),
@@ -243,9 +279,11 @@ def measure(
 ) -> Iterator[tuple[str, Result]]:
     """Run the analyses in their order; what was collected for one goes from `statistics` when it is done."""
     results: dict[str, Result] = {}
-    for name, analysis in analyses_of(settings, work.model, work.tokens).items():
+    left = list(analyses_of(settings, work.model, work.tokens))
+    for i, name in enumerate(left):
         say(f"measuring {name}")
-        results[name] = analysis.run(Inputs(work, settings, layers, statistics, results))
+        results[name] = ANALYSES[name].run(Inputs(work, settings, layers, statistics, results))
         yield name, results[name]
-        for done in [of for of in statistics if of.startswith(f"{name}/")]:
+        needed = {of for later in left[i + 1 :] for of in (later, *ANALYSES[later].uses)}
+        for done in [of for of in statistics if of.partition("/")[0] not in needed]:
             del statistics[done]  # the covariances are by far the most of the memory
