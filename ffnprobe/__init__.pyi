@@ -1,4 +1,5 @@
 from .analyzers import Edit as Edit
+from .analyzers import cluster_labels as cluster_labels
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
 from .analyzers import hidden_rank as hidden_rank
@@ -6,6 +7,7 @@ from .analyzers import memories as memories
 from .analyzers import memory_edit as memory_edit
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
+from .analyzers import neuron_map as neuron_map
 from .analyzers import recall as recall
 from .analyzers import svd_directions as svd_directions
 from .analyzers import weight_rank as weight_rank

@@ -41,7 +41,7 @@ def cluster(
         case "spherical":
             return restarts(rows, k, seeds, signed=signed)
         case "balanced":
-            return [balanced(rows, k, seed=seed, signed=signed) for seed in seeds]
+            return balanced(rows, k, seeds, signed=signed)
         case "spectral":
             return spectral(similarity(rows, signed), k, seeds)
         case "agglomerative":
@@ -106,15 +106,19 @@ def restarts(
 
 
 def balanced(
-    rows: Float[Tensor, "n d"], k: int, *, seed: int = 0, signed: bool = True, rounds: int = 20
-) -> Clustering:
+    rows: Float[Tensor, "n d"], k: int, seeds: Sequence[int] = (0,), *, signed: bool = True, rounds: int = 20
+) -> list[Clustering]:
     """Clusters of n // k rows, or one more: the best assignment to the centres, and again, until it stays.
 
     Raises:
         ValueError: k is not in [1, n].
     """
-    (start,) = restarts(rows, k, [seed], signed=signed)
-    unit, labels, centres = torch.nn.functional.normalize(rows, dim=1), start.labels, start.centres
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return [_balance(unit, k, start, signed, rounds) for start in restarts(rows, k, seeds, signed=signed)]
+
+
+def _balance(unit: Float[Tensor, "n d"], k: int, start: Clustering, signed: bool, rounds: int) -> Clustering:
+    labels, centres = start.labels, torch.as_tensor(start.centres)
     # the clusters that were the largest get the rows that remain
     places = torch.full((k,), len(unit) // k)
     places[torch.bincount(labels, minlength=k).argsort(descending=True)[: len(unit) % k]] += 1
@@ -138,7 +142,7 @@ def spectral(similarity: Float[Tensor, "n n"], k: int, seeds: Sequence[int] = (0
     # a trace of every edge: a graph in several pieces has no unique embedding
     graph = (similarity.clamp(min=0) + 1e-6).double().cpu().numpy()
     place = spectral_embedding(graph, n_components=k, drop_first=False, random_state=0)
-    runs = [KMeans(k, n_init=5, random_state=seed).fit(place) for seed in seeds]
+    runs = [KMeans(k, n_init=1, random_state=seed).fit(place) for seed in seeds]
     return [Clustering(torch.from_numpy(run.labels_).long(), -float(run.inertia_)) for run in runs]
 
 
@@ -159,7 +163,7 @@ def _sums(unit: Float[Tensor, "n d"], labels: Int[Tensor, " n"], k: int) -> Floa
     return unit.new_zeros(k, unit.shape[1]).index_add_(0, labels, unit)
 
 
-def _signs(cosine: Float[Tensor, "*n"], signed: bool) -> Float[Tensor, "*n"]:
+def _signs(cosine: Tensor, signed: bool) -> Tensor:
     """What a row is multiplied by before it is added to a centre."""
     return torch.ones_like(cosine) if signed else torch.where(cosine < 0, -1.0, 1.0).to(cosine)
 
@@ -205,9 +209,7 @@ class _State:
         self.fill(unit)
         return moved
 
-    def _turn(
-        self, unit: Float[Tensor, "m d"], labels: Int[Tensor, "m s"], signs: Float[Tensor, "m s"]
-    ) -> Int[Tensor, " s"]:
+    def _turn(self, unit: Tensor, labels: Tensor, signs: Tensor) -> Tensor:
         """Move these rows, all at once; their labels and signs are changed in place."""
         flat, square = self.sums.flatten(0, 1), unit.square().sum(dim=1)[:, None]
         dot = (unit @ flat.mT).unflatten(1, self.sums.shape[:2])
@@ -233,7 +235,7 @@ class _State:
         signs.copy_(turned)
         return torch.bincount(run, minlength=len(self.sums))
 
-    def _sizes(self) -> Int[Tensor, "s k"]:
+    def _sizes(self) -> Tensor:
         k = self.sums.shape[1]
         return torch.stack([torch.bincount(labels, minlength=k) for labels in self.labels.unbind(1)])
 
@@ -250,20 +252,19 @@ class _State:
             self.labels[row, run], self.signs[row, run] = cluster, 1.0
 
 
-def _gain(reach: Float[Tensor, "*n"], norm: Float[Tensor, "*#n"], square: Float[Tensor, "*#n"]) -> Tensor:
+def _gain(reach: Tensor, norm: Tensor, square: Tensor) -> Tensor:
     """|sum + row| - |sum| from their product and squared norms, written so that no digits cancel."""
     more = torch.add(square, reach, alpha=2)
     root = torch.add(norm, more).clamp_(min=0).sqrt_().add_(norm.sqrt())
     return more.div_(root.clamp_(min=1e-20))
 
 
-def _of(values: Float[Tensor, "n s k"], labels: Int[Tensor, "n s"]) -> Float[Tensor, "n s"]:
+def _of(values: Tensor, labels: Tensor) -> Tensor:
+    """Of each row [n s k], what is at its label [n s]."""
     return values.gather(2, labels[..., None])[..., 0]
 
 
-def _spread(
-    unit: Float[Tensor, "n d"], k: int, signed: bool, seeds: Sequence[int]
-) -> Float[Tensor, "s k d"]:
+def _spread(unit: Float[Tensor, "n d"], k: int, signed: bool, seeds: Sequence[int]) -> Float[Tensor, "s k d"]:
     """First centres by greedy k-means++ (Arthur & Vassilvitskii 2007) among a few random rows a cluster."""
     m, trials = min(len(unit), max(SEEDING * k, 256)), 8 + int(math.log(k))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,5 +1,7 @@
 """One question a file."""
 
+from .cluster_labels import ClusterLabels as ClusterLabels
+from .cluster_labels import cluster_labels as cluster_labels
 from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits
@@ -15,6 +17,8 @@ from .nested import Nested as Nested
 from .nested import nested as nested
 from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
+from .neuron_map import NeuronMap as NeuronMap
+from .neuron_map import neuron_map as neuron_map
 from .recall import Recall as Recall
 from .recall import recall as recall
 from .svd_directions import SVDDirections as SVDDirections

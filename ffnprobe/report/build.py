@@ -19,6 +19,7 @@ from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
 from ..analyzers.memories import probes as memory_probes
 from ..analyzers.neuron_clusters import NeuronClusters
+from ..analyzers.neuron_clusters import probes as cluster_probes
 from ..analyzers.rank_probes import BUDGET
 from ..analyzers.rank_probes import probes as rank_probes
 from ..analyzers.recall import Recall
@@ -93,7 +94,7 @@ def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
     check_documents(tokens)
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
-    wanted = rank_probes(measured, settings.seed, settings.budget)
+    wanted = rank_probes(measured, settings.seed, settings.budget) | cluster_probes(measured, seed=settings.seed)
     if illegible := why_illegible(model):
         say(f"memories is left out: {illegible}")
     else:
@@ -150,9 +151,9 @@ def analyses_of(
         "hidden_rank": lambda: hidden_rank(work.model, work.tokens, budget=settings.budget, **streamed),
         "memories": lambda: memories(work.model, work.tokens, **streamed),
         "weight_rank": lambda: weight_rank(work.model, **shared),
-        "neuron_clusters": lambda: neuron_clusters(work.model, **shared),
+        "neuron_clusters": lambda: neuron_clusters(work.model, work.tokens, **streamed),
     }
-    measured = {name.partition("/")[0] for name in work.probes} | {"weight_rank", "neuron_clusters"}
+    measured = {name.partition("/")[0] for name in work.probes} | {"weight_rank"}
     return {name: analyse for name, analyse in analyses.items() if name in measured}
 
 
