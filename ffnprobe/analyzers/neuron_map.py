@@ -17,7 +17,7 @@ from torch import Tensor
 from ..clustering import restarts
 from ..corpus import Tokens
 from ..errors import InputError
-from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, caption, new_figure, styled
+from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, caption, legend_below, new_figure, styled
 from ..models import Model, ffns
 from ..result import Result, column
 from ..stream import choose_layers, collect, settings_of
@@ -93,12 +93,11 @@ def _draw_map(axes: Axes, rows: Sequence[Row], about: Mapping[str, float]) -> No
         some = [r for r in rows if (r.cluster >= len(COLOURS) if cluster is None else r.cluster == cluster)]
         colour = GREY if cluster is None else COLOURS[cluster]
         label = f"the other clusters ({len(some)})" if cluster is None else f"cluster {cluster} ({len(some)})"
-        style: dict[str, Any] = {"s": 5 if cluster is None else 9, "linewidths": 0, "rasterized": True}
+        style: dict[str, Any] = {"s": 3 if cluster is None else 9, "linewidths": 0, "rasterized": True}
         axes.scatter([r.x for r in some], [r.y for r in some], color=colour, label=label, **style)
-    share, null = about["share"], about["share_null"]
-    axes.set(title="Map of the neurons", ylabel="second principal coordinate")
-    axes.set_xlabel(f"first principal coordinate; both: {share:.1%} of the correlations (independent {null:.1%})")
-    axes.legend(loc="best", fontsize=7, markerscale=1.5)
+    axes.set(title=f"Map: {about['share']:.1%} of the correlations (independent: {about['share_null']:.1%})")
+    axes.set(xlabel="first principal coordinate", ylabel="second principal coordinate")
+    legend_below(axes)
 
 
 def neuron_map(
