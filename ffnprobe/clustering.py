@@ -51,7 +51,7 @@ def cluster(
 
 def similarity(rows: Float[Tensor, "n d"], signed: bool = True) -> Float[Tensor, "n n"]:
     """Cosine of every pair of rows, or |cosine|."""
-    unit = torch.nn.functional.normalize(rows, dim=1)
+    unit = _unit(rows)
     cosine = unit @ unit.mT
     return cosine if signed else cosine.abs()
 
@@ -89,7 +89,7 @@ def restarts(
         ValueError: k is not in [1, n].
     """
     _check(len(rows), k)
-    unit = torch.nn.functional.normalize(rows, dim=1)
+    unit = _unit(rows)
     state = _State.begin(unit, _spread(unit, k, signed, seeds), signed)
     found: dict[int, Clustering] = {}
     running, before = torch.arange(len(seeds)), state.objective()
@@ -113,7 +113,7 @@ def balanced(
     Raises:
         ValueError: k is not in [1, n].
     """
-    unit = torch.nn.functional.normalize(rows, dim=1)
+    unit = _unit(rows)
     return [_balance(unit, k, start, signed, rounds) for start in restarts(rows, k, seeds, signed=signed)]
 
 
@@ -157,6 +157,10 @@ def agglomerative(similarity: Float[Tensor, "n n"], k: int) -> Clustering:
 def _check(n: int, k: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"cannot make {k} clusters of {n} rows: choose 1 to {n}")
+
+
+def _unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    return torch.nn.functional.normalize(rows, dim=1).contiguous()  # rows are gathered: columns would be slow
 
 
 def _sums(unit: Float[Tensor, "n d"], labels: Int[Tensor, " n"], k: int) -> Float[Tensor, "k d"]:
@@ -225,15 +229,30 @@ class _State:
         if (empty := self._sizes() == 0).any():
             gain.masked_fill_(empty, -torch.inf)  # or every row would want to be alone
         new = gain.argmax(dim=2)
-        turned = _signs(_of(dot, new), self.signed)
-        row, run = ((new != labels) | (turned != signs)).nonzero(as_tuple=True)
-        k, part = self.sums.shape[1], unit[row]
-        old, now = (1, 1) if self.signed else (signs[row, run, None], turned[row, run, None])
-        flat.index_add_(0, run * k + labels[row, run], old * part, alpha=-1)
-        flat.index_add_(0, run * k + new[row, run], now * part)
-        labels.copy_(new)
-        signs.copy_(turned)
-        return torch.bincount(run, minlength=len(self.sums))
+        turned, ahead = _signs(_of(dot, new), self.signed), _of(gain, new) - _of(gain, labels)
+        before, old, now = self.objective(), (labels, signs), (new, turned)
+        move = (new != labels) | (turned != signs)
+        self._move(unit, move, old, now)
+        if (worse := self.objective() < before).any():
+            # too many went to one place at a time: there, only the one that gains most may
+            self._move(unit, move & worse, now, old)
+            goal = new + torch.arange(len(worse), device=new.device) * self.sums.shape[1]
+            most = gain.new_zeros(self.sums.shape[:2]).flatten()
+            most.scatter_reduce_(0, goal.flatten(), (ahead * move).flatten(), "amax")
+            some = move & (ahead == most[goal])
+            self._move(unit, some & worse, old, now)
+            move = torch.where(worse, some, move)
+        labels.copy_(torch.where(move, new, labels))
+        signs.copy_(torch.where(move, turned, signs))
+        return move.sum(dim=0)
+
+    def _move(self, unit: Tensor, move: Tensor, old: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> None:
+        """Take rows out of the sums of their old labels, with their old signs, and into those of the new ones."""
+        row, run = move.nonzero(as_tuple=True)
+        flat, part, first = self.sums.flatten(0, 1), unit[row], run * self.sums.shape[1]
+        for (labels, signs), way in ((old, -1), (now, 1)):
+            signed = part if self.signed else signs[row, run, None] * part
+            flat.index_add_(0, first + labels[row, run], signed, alpha=way)
 
     def _sizes(self) -> Tensor:
         k = self.sums.shape[1]

@@ -49,8 +49,14 @@ def test_clusterings_of_noise_from_different_seeds_agree_by_chance(signed):
     assert abs(agree(one.labels, other.labels)) < 0.05
 
 
+def test_rows_at_right_angles_do_not_all_go_where_there_is_room():
+    runs = restarts(torch.eye(480) + 0.01 * gaussian(480, 480), 40, [0, 1, 2])
+    assert all(abs(agree(one.labels, other.labels)) < 0.05 for one in runs for other in runs if one is not other)
+    assert all(run.labels.bincount().max() < 24 for run in runs)  # 12 each is best
+
+
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([a for a in ALGORITHMS]))
+@given(st.integers(0, 10**6), st.sampled_from(ALGORITHMS))
 def test_order_sign_and_scale_of_the_rows_change_no_cluster(seed, algorithm):
     rows, order = directions(), torch.randperm(48, generator=torch.Generator().manual_seed(seed))
     (run,) = cluster(turned(rows, seed)[order], GROUPS, algorithm, seeds=[seed], signed=False)

@@ -66,16 +66,20 @@ def _agreements(axes: Axes, views: Mapping[str, Sequence[Any]]) -> None:
 def _matrix(axes: Axes, views: Mapping[str, Sequence[Any]]) -> None:
     """Median agreement of each two views over the layers, and in brackets that of the best random pairing."""
     names = list(views)
+    pairs = {
+        (i, j): [pair for row in views[one] if (pair := row.with_view(other))]
+        for i, one in enumerate(names)
+        for j, other in enumerate(names)
+        if i != j
+    }
     shown = np.full((len(names), len(names)), np.nan)
-    for i, one in enumerate(names):
-        for j, other in enumerate(names):
-            pairs = [pair for row in views[one] if (pair := row.with_view(other))]
-            if pairs and i != j:
-                shown[i, j] = median(pair["ami"] for pair in pairs)
-                least = median(pair["permuted"] for pair in pairs)
-                dark = shown[i, j] > 0.5 * np.nanmax(shown)
-                text = f"{shown[i, j]:.2f}\n({least:.2f})"
-                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else BLACK)
+    for place, found in pairs.items():
+        shown[place] = median(pair["ami"] for pair in found) if found else np.nan
+    for (i, j), found in pairs.items():
+        if found:
+            colour = "white" if shown[i, j] > 0.5 * np.nanmax(shown) else BLACK
+            text = f"{shown[i, j]:.2f}\n({median(pair['permuted'] for pair in found):.2f})"
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
     axes.imshow(shown, cmap="Blues", vmin=0)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
     axes.set_yticks(range(len(names)), names)

@@ -158,7 +158,7 @@ def neuron_clusters(
 
     How many clusters a view has is chosen at a few layers (`scouts`) among the candidates: where clusterings from
     different seeds agree most beyond those of Gaussian rows. All layers are then clustered by spherical k-means
-    (or k-lines), the scouts by the other algorithms as well.
+    (or k-lines), the middle scout by the other algorithms as well.
 
     Args:
         layers: the layers to measure; all by default.
@@ -204,8 +204,9 @@ def neuron_clusters(
         for k in sorted({at_most(k, view) for k in candidates})
     ]
     clusters, rows = choose(trials), list[Row]()
+    (compared,) = spread(sorted(scouting), 1)
     for ffn in measured:
-        seen, others = views(ffn), [name for name in algorithms if name != "spherical" and ffn.layer in scouting]
+        seen, others = views(ffn), [name for name in algorithms if name != "spherical" and ffn.layer == compared]
         rows += (
             row for name in ("spherical", *others) for row in layer_rows(judge, ffn.layer, seen, name, clusters)
         )
