@@ -9,9 +9,8 @@ from itertools import combinations
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import entropy
-from sklearn.metrics import adjusted_rand_score, silhouette_score
-from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
+from sklearn.metrics import silhouette_score
+from sklearn.metrics.cluster import expected_mutual_information
 from torch import Tensor
 
 from ..clustering import Clustering, cluster
@@ -63,12 +62,39 @@ def best(runs: Sequence[Clustering]) -> Clustering:
 
 
 def stability(runs: Sequence[Clustering]) -> float | None:
-    """Adjusted Rand index, mean over pairs of clusterings: 0 chance, 1 equal; None of a single one.
-
-    Hubert & Arabie 1985.
-    """
-    pairs = [adjusted_rand_score(a.labels.numpy(), b.labels.numpy()) for a, b in combinations(runs, 2)]
+    """`adjusted_rand`, mean over pairs of clusterings; None of a single one."""
+    pairs = [adjusted_rand(a.labels, b.labels) for a, b in combinations(runs, 2)]
     return float(np.mean(pairs)) if pairs else None
+
+
+def adjusted_rand(one: Int[Tensor, " n"], other: Int[Tensor, " n"]) -> float:
+    """Pairs of neurons that both clusterings join, beyond chance (Hubert & Arabie 1985): 0 chance, 1 equal.
+
+    scikit-learn's takes a hundred times as long for a small layer.
+
+    >>> adjusted_rand(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 2, 2]))
+    1.0
+    """
+    table = _table(one, other)
+    both, first, second = (_pairs(sizes) for sizes in (table, table.sum(axis=1), table.sum(axis=0)))
+    chance, most = first * second / max(1, len(one) * (len(one) - 1) / 2), (first + second) / 2
+    return 1.0 if most == chance else float((both - chance) / (most - chance))
+
+
+def _table(one: Int[Tensor, " n"], other: Int[Tensor, " n"]) -> np.ndarray:
+    """Neurons in each cluster of the one and of the other."""
+    height, width = int(one.max()) + 1, int(other.max()) + 1
+    table = (one * width + other).bincount(minlength=height * width).view(height, width).numpy()
+    return table[table.any(axis=1)][:, table.any(axis=0)]
+
+
+def _pairs(sizes: np.ndarray) -> float:
+    return float((sizes * (sizes - 1) / 2).sum())
+
+
+def _entropy(sizes: np.ndarray) -> float:
+    share = sizes[sizes > 0] / sizes.sum()
+    return float(-(share * np.log(share)).sum())
 
 
 def silhouette(similarity: Float[Tensor, "n n"], labels: Int[Tensor, " n"]) -> float:
@@ -112,16 +138,14 @@ def agreement(
 
     What chance gives, E I, depends on the sizes of the clusters alone, which no pairing changes.
     """
-    sizes = [labels.bincount().numpy() for labels in (one, other)]
-    alone = [entropy(size) for size in sizes]
-    table = contingency_matrix(one.numpy(), other.numpy())
-    chance, most = expected_mutual_information(table, len(one)), sum(alone) / 2
-    if most - chance < 1e-12:  # a single cluster, or each neuron its own: they cannot differ
+    table = _table(one, other)
+    alone = _entropy(table.sum(axis=0)) + _entropy(table.sum(axis=1))
+    chance = expected_mutual_information(table, len(one))
+    if alone / 2 - chance < 1e-12:  # a single cluster, or each neuron its own: they cannot differ
         return Agreement(1.0, 1.0)
 
     def adjusted(labels: Int[Tensor, " n"]) -> float:
-        joint = (one * len(sizes[1]) + labels).bincount().numpy()
-        return float((sum(alone) - entropy(joint) - chance) / (most - chance))
+        return float((alone - _entropy(_table(one, labels)) - chance) / (alone / 2 - chance))
 
     drawn = [adjusted(labels) for labels in permuted(other, permutations, generator)]
     return Agreement(adjusted(other), max(drawn, default=float("nan")))

@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ffnprobe import load_model, neuron_clusters
-from ffnprobe.analyzers.cluster_quality import Judge, agreement, coherence, silhouette
+from ffnprobe.analyzers.cluster_quality import Judge, adjusted_rand, agreement, coherence, silhouette
 from ffnprobe.analyzers.cluster_rows import choose
 from ffnprobe.analyzers.neuron_clusters import NeuronClusters
 from ffnprobe.analyzers.neuron_views import (
@@ -121,12 +121,13 @@ def test_independent_neurons_do_not_come_back():
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(3, 40), st.integers(2, 5), st.integers(2, 5))
-def test_agreement_is_sklearns_adjusted_mutual_information(n, a, b):
+def test_agreement_is_sklearns(n, a, b):
     generator = torch.Generator().manual_seed(n)
     one, other = (torch.randint(k, (n,), generator=generator) for k in (a, b))
     found = agreement(one, other, 7, generator)
     assert found.ami == pytest.approx(adjusted_mutual_info_score(one.numpy(), other.numpy()), abs=1e-9)
     assert found.permuted >= -1
+    assert adjusted_rand(one, other) == pytest.approx(adjusted_rand_score(one.numpy(), other.numpy()))
 
 
 def test_a_pairing_at_random_agrees_by_chance_and_the_best_of_many_a_little_more():
