@@ -15,7 +15,7 @@ from torch import Tensor
 
 ALGORITHMS = ("spherical", "balanced", "spectral", "agglomerative")
 BLOCKS = 8  # rows move in as many turns: all at once, they would change places for ever
-TOLERANCE = 5e-3  # a pass that improves the objective by less, relatively, is the last one
+TOLERANCE = 1e-2  # a pass that improves the objective by less, relatively, is the last one
 PASSES = 50
 SEEDING = 8  # rows a cluster among which the first centres are looked for
 
