@@ -41,6 +41,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/executors.py
+	$(BIN)/python benchmarks/clustering.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

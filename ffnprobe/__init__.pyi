@@ -1,6 +1,7 @@
 from .analyzers import Edit as Edit
 from .analyzers import claims as claims
 from .analyzers import claims_family as claims_family
+from .analyzers import cluster_labels as cluster_labels
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
 from .analyzers import experts as experts
@@ -13,6 +14,7 @@ from .analyzers import memory_edit as memory_edit
 from .analyzers import memory_use as memory_use
 from .analyzers import nested as nested
 from .analyzers import neuron_clusters as neuron_clusters
+from .analyzers import neuron_map as neuron_map
 from .analyzers import neuron_roles as neuron_roles
 from .analyzers import nonlinearity as nonlinearity
 from .analyzers import quantization as quantization

@@ -31,7 +31,7 @@ X = (torch.randn(N, WIDTH, generator=GENERATOR, dtype=torch.float64) * 2).round(
 AT = torch.randperm(1000, generator=GENERATOR)[:N].sort().values
 
 MAKERS = {
-    CoActivation: lambda: CoActivation.about(X[:3], share=0.5),
+    CoActivation: lambda: CoActivation.about(X[:3], share=0.5, keep="both"),
     Count: lambda: Count.about(X[:3]),
     FiringByPosition: lambda: FiringByPosition.about(X[:3], length=30, ranges=7),
     CrossMoments: lambda: CrossMoments.about(X[:3], d=2),
@@ -352,6 +352,29 @@ def test_scale_and_sign_of_a_neuron_do_not_change_who_is_active_with_it():
     one.update(x, torch.arange(200))
     other.update(x * gauge, torch.arange(200))
     assert torch.equal(one.compute().both, other.compute().both)
+
+
+@pytest.mark.parametrize("keep", ["magnitudes", "both"])
+def test_co_activation_correlates_magnitudes_as_torch_does(keep):
+    x = (torch.randn(150, 40, generator=torch.Generator().manual_seed(8)) - 4) * torch.logspace(-6, 6, 40)
+    co = CoActivation.about(x[:50], keep=keep)
+    for part in x.split(37):
+        co.update(part, torch.arange(len(part)))
+    assert torch.allclose(
+        co.compute().magnitude_correlation(), torch.corrcoef(x.abs().double().T), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("kept", "asked"), [("counts", "magnitudes"), ("magnitudes", "counts")])
+def test_co_activation_says_what_it_did_not_keep_and_keeps_no_room_for_it(kept, asked):
+    co = CoActivation.about(X, keep=kept)
+    co.update(X, AT)
+    found = co.compute()
+    with pytest.raises(ValueError, match=f'keep="{asked}" or "both"'):
+        found.magnitude_correlation() if asked == "magnitudes" else found.correlation()
+    assert sum(len(co.tensors()[name]) for name in ("both", "S")) == triangle.size(WIDTH)
+    with pytest.raises(ValueError, match='keep "all" is unknown'):
+        CoActivation.about(X, keep="all")
 
 
 def test_a_dead_neuron_is_never_active():

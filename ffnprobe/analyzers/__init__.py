@@ -4,6 +4,8 @@ from .claims import Claims as Claims
 from .claims import claims as claims
 from .claims_family import ClaimsFamily as ClaimsFamily
 from .claims_family import claims_family as claims_family
+from .cluster_labels import ClusterLabels as ClusterLabels
+from .cluster_labels import cluster_labels as cluster_labels
 from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits
@@ -29,6 +31,8 @@ from .nested import Nested as Nested
 from .nested import nested as nested
 from .neuron_clusters import NeuronClusters as NeuronClusters
 from .neuron_clusters import neuron_clusters as neuron_clusters
+from .neuron_map import NeuronMap as NeuronMap
+from .neuron_map import neuron_map as neuron_map
 from .neuron_roles import NeuronRoles as NeuronRoles
 from .neuron_roles import neuron_roles as neuron_roles
 from .nonlinearity import Nonlinearity as Nonlinearity

@@ -1,196 +1,219 @@
-"""Do neurons form groups, and do neurons that read alike write alike?"""
+"""Do neurons form groups, do the groups come back, and do neurons that read alike write alike?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import median
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
-from torch import Tensor
 
-from ..clustering import spherical_kmeans
+from ..clustering import ALGORITHMS
+from ..corpus import Tokens
+from ..errors import InputError
 from ..ffn import FFN
-from ..figure import BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..models import Model, describe, ffns
-from ..result import Result, column
-from ..stream import choose_layers
+from ..figure import styled
+from ..models import Model, ffns
+from ..result import FEWEST_LAYERS, Result, Verdict, beyond
+from ..stream import choose_layers, collect, settings_of
+from .cluster_figure import draw
+from .cluster_quality import Judge
+from .cluster_rows import Row as Row
+from .cluster_rows import at_most, choose, layer_rows, measure
+from .hidden_rank import check_documents
+from .neuron_views import (
+    BUDGET,
+    NEURONS,
+    VIEWS,
+    View,
+    drawn,
+    half_name,
+    spread,
+    views_of,
+    vocabulary_metric,
+    vocabulary_root,
+)
+from .neuron_views import probes as probes
 
-MARK = {"keys": ("o-", BLUE), "gates": ("^-", ORANGE), "values": ("s-", GREEN)}
-
-
-@dataclass(frozen=True)
-class Row:
-    layer: int = column("", "layer")
-    view: str = column("", "keys, gates or values of the layer's neurons")
-    clusters: int = column("clusters", "clusters asked for")
-    signed: bool = column("", "by cosine; no: by |cosine|, where a sign is a gauge (keys, values of gated FFNs)")
-    stability: float = column(
-        "ARI", "agreement of clusterings from different seeds, mean over pairs: 0 chance, 1 equal"
-    )
-    stability_null: float = column("ARI", "the same for Gaussian rows of that shape")
-    fit: float = column("cosine", "mean |cosine| of a row to its cluster's centre, best seed")
-    fit_null: float = column("cosine", "the same for Gaussian rows of that shape")
-    largest: float = column("0..1", "share of the neurons in the largest cluster, best seed")
-    agreement_with_values: float | None = column(
-        "AMI", "agreement with the clusters of the values: 0 chance, 1 equal"
-    )
-    agreement_permuted: float | None = column("AMI", "largest agreement over random pairings")
-    permutations: int = column("draws", "random pairings drawn")
+CANDIDATES = (8, 16, 32, 64)
+REPLICATES = 0.25  # AMI: a quarter of what two equal clusterings share
 
 
 @dataclass(frozen=True)
 class NeuronClusters(Result):
     name: ClassVar[str] = "neuron_clusters"
-    question: ClassVar[str] = "Do neurons form groups, and do neurons that read alike write alike?"
+    question: ClassVar[str] = (
+        "Do neurons form groups, do the groups come back, and do neurons that read alike write alike?"
+    )
     row_type: ClassVar[type] = Row
 
-    def view(self, view: str) -> list[Row]:
-        """The rows of one view, in the order of the layers."""
-        return [row for row in self.rows if row.view == view]
+    def view(self, view: str, algorithm: str = "spherical") -> list[Row]:
+        """The rows of one view at the number of clusters chosen for it, in the order of the layers."""
+        return [row for row in self.rows if row.view == view and row.algorithm == algorithm and row.chosen]
+
+    @property
+    def reading(self) -> list[Row]:
+        """The rows of what says when a neuron speaks: gates, or the keys of a plain layer."""
+        return self.view("gates") or self.view("keys")
 
     def findings(self) -> list[str]:
-        reading = self.view("gates") or self.view("keys")
-        first, n = reading[0], len(reading)
-        pairs = [(row.agreement_with_values or 0.0, row.agreement_permuted or 0.0) for row in reading]
-        agreement = median(found for found, _ in pairs)
-        above = sum(found > permuted for found, permuted in pairs)
+        sentences, active, reading = [], self.view("co-activation"), self.reading
+        if active:
+            back, chance = ([getattr(row, "replication" + end) for row in active] for end in ("", "_permuted"))
+            sentences.append(
+                f"Clusters of co-activation ({active[0].clusters}) come back in the other half of the documents: "
+                f"AMI {median(back):.2f} in the median of {len(active)} layers (best of "
+                f"{active[0].permutations} random pairings {median(chance):.3f}). There, two neurons of a cluster "
+                f"correlate by {median(row.coherence for row in active):.3f}, of random clusters by up to "
+                f"{median(row.coherence_permuted for row in active):.3f}; silhouette "
+                f"{median(row.silhouette for row in active):.3f}, of independent neurons "
+                f"{active[0].silhouette_null:.3f}."
+            )
+        pairs = _with_values(reading)
+        sentences.append(
+            f"Clusters of {reading[0].view} and of values agree (AMI) at {median(ami for ami, _ in pairs):.3f} in "
+            f"the median layer, above the best of {reading[0].permutations} random pairings in "
+            f"{sum(ami > chance for ami, chance in pairs)} of {len(pairs)} layers."
+        )
         stable = (
-            f"{view} {median(row.stability for row in rows):.2f} (Gaussian "
-            f"{median(row.stability_null for row in rows):.2f})"
-            for view in MARK
+            f"{view} {median(row.stability or 0.0 for row in rows):.2f} in {rows[0].clusters} clusters (Gaussian "
+            f"{median(row.stability_null or 0.0 for row in rows):.2f})"
+            for view in VIEWS
             if (rows := self.view(view))
         )
+        sentences.append(f"Stability over seeds (ARI, median layer): {', '.join(stable)}.")
+        if 0 < len(active) < len(reading):
+            sentences.append(
+                f"Co-activation was measured at {len(active)} of {len(reading)} layers, to keep within a budget "
+                f"of {self.settings['budget']:,} bytes."
+            )
+        if self.settings["drawn"]:
+            sentences.append(
+                f"Of wider layers, {self.settings['neurons']:,} neurons drawn at random were clustered."
+            )
+        return sentences
+
+    def verdicts(self) -> list[Verdict]:
+        active = self.view("co-activation")
+        n, layers = len(active), {row.layer for row in active}
+        if n < FEWEST_LAYERS:
+            return []
+        back = [(row.replication or 0.0, row.replication_permuted or 0.0) for row in active]
+        alike = _with_values([row for row in self.reading if row.layer in layers])
+        large = [sum(ami > max(chance, REPLICATES) for ami, chance in pairs) for pairs in (back, alike)]
+        some = [sum(ami > chance for ami, chance in pairs) for pairs in (back, alike)]
+        strong, weak = [beyond(k, n) for k in large], [beyond(k, n) for k in some]
         return [
-            f"Clusters of {first.view} and of values agree (AMI) at {agreement:.3f} in the median layer, above "
-            f"the best of {first.permutations} random pairings in {above} of {n} layers.",
-            f"Stability over seeds (ARI, median layer, {first.clusters} clusters): {', '.join(stable)}.",
+            Verdict(
+                claim=4,
+                rule="feature families: supported if, in most layers (sign test, 5%), the co-activation clusters "
+                f"of one half of the documents agree with those of the other at an AMI above {REPLICATES}, and "
+                "the clusters of what neurons read (gates, or keys) agree with those of what they write at an "
+                f"AMI above {REPLICATES}, both above every random pairing; mixed if only one of the two does, or "
+                "if both are above every random pairing but not that large",
+                measured=f"document halves agree so in {large[0]} of {n} layers (above random pairings in "
+                f"{some[0]}), reading and writing in {large[1]} (above random pairings in {some[1]})",
+                verdict="supported" if all(strong) else "mixed" if any(strong) or all(weak) else "not supported",
+                against="Where an oracle routes, random partitions are nearly as good experts as clusters "
+                "(MoEfication, T5-large: 80.0 against 80.8 with the fewest experts, quoted second-hand); clusters "
+                "that come back may be those of a few frequent tokens.",
+            )
         ]
 
     @styled
     def plot(self) -> Figure:
-        figure, (stable, agree) = new_figure(2, caption(self.settings, f"{self.rows[0].clusters} clusters"))
-        for view, (mark, colour) in MARK.items():
-            rows = self.view(view)
-            if not rows:
-                continue
-            layers = [row.layer for row in rows]
-            stable.plot(layers, [row.stability for row in rows], mark, color=colour, label=view)
-            stable.plot(layers, [row.stability_null for row in rows], "--", color=colour, alpha=0.45, linewidth=1)
-            if view != "values":
-                agree.plot(
-                    layers,
-                    [row.agreement_with_values for row in rows],
-                    mark,
-                    color=colour,
-                    label=f"{view} and values",
-                )
-        stable.plot([], [], "--", color=GREY, label="Gaussian rows")
-        reading = self.view("gates") or self.view("keys")
-        null = [row.agreement_permuted for row in reading]
-        agree.plot([row.layer for row in reading], null, "--", color=GREY, label="best random pairing")
-        stable.set(
-            title="Stable over seeds",
-            xlabel="layer",
-            ylabel="adjusted Rand index",
-            ylim=(min(0, stable.get_ylim()[0]), 1),
-        )
-        agree.set(title="Read alike, write alike?", xlabel="layer", ylabel="adjusted mutual information")
-        for axes in (stable, agree):
-            legend_below(axes)
-        return figure
+        return draw({view: self.view(view) for view in VIEWS}, self.rows, self.settings)
+
+
+def _with_values(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """Agreement with the clusters of the values, and the best of random pairings."""
+    pairs = (pair for row in rows if (pair := row.with_view("values")))
+    return [(pair["ami"], pair["permuted"]) for pair in pairs]
 
 
 def neuron_clusters(
     model: Model,
+    tokens: Tokens,
     *,
     layers: Sequence[int] | None = None,
-    clusters: int = 32,
+    candidates: Sequence[int] = CANDIDATES,
+    algorithms: Sequence[str] = ALGORITHMS,
     seeds: int = 5,
     permutations: int = 20,
+    scouts: int = 3,
+    co_activity: str = "magnitudes",
+    neurons: int = NEURONS,
+    budget: int = BUDGET,
     seed: int = 0,
+    statistics: Mapping[str, Any] | None = None,
+    **collecting: Any,
 ) -> NeuronClusters:
-    """Cluster every layer's neurons by what they read and by what they write, and compare.
+    """Cluster every layer's neurons by what they read, what they write and when they are active, and compare.
 
     Gates, and the keys of plain FFNs, are clustered by cosine; keys of gated FFNs by |cosine|, and so are
-    their values, because (key, value) -> (-key, -value) leaves a gated FFN as it is.
+    their values, because (key, value) -> (-key, -value) leaves a gated FFN as it is. Co-activation is the
+    correlation of |h|: clusters are made of one half of the documents and judged in the other. `vocabulary` is
+    the values by their logits over all tokens, through the folded unembedding.
+
+    How many clusters a view has is chosen at a few layers (`scouts`) among the candidates: where clusterings from
+    different seeds agree most beyond those of Gaussian rows. All layers are then clustered by spherical k-means
+    (or k-lines), the middle scout by the other algorithms as well.
 
     Args:
         layers: the layers to measure; all by default.
-        clusters: at most a quarter of a layer's neurons.
+        candidates: numbers of clusters; at most a quarter of a layer's neurons is used.
+        algorithms: any of spherical, balanced, spectral, agglomerative; spherical is always there.
         seeds: clusterings a view; the best by fit is compared across views.
-        permutations: random pairings behind the null of the agreement.
+        permutations: random pairings behind each agreement.
+        co_activity: magnitudes (correlation of |h|), or counts (of tokens on which two neurons are active).
+        neurons: of a layer with more of them, so many are drawn at random.
+        budget: bytes of co-activation; of too many layers, some are left without it.
+        statistics: what one `collect` over `probes(...)` gave, when several analyzers share a pass.
+        collecting: passed to `collect` (batch, sink_factor, progress).
 
     Raises:
-        InputError: a layer that is not there.
+        InputError: a layer or an algorithm that is not there, or a single document.
     """
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    nulls: dict = {}  # by shape: Gaussian rows know nothing of the layer
-    rows = [
-        row
-        for ffn in ffns(model)
-        if ffn.layer in chosen
-        for row in _layer_rows(
-            ffn, min(clusters, max(2, ffn.d_mlp // 4)), range(seed, seed + seeds), permutations, nulls
+    if wrong := [name for name in algorithms if name not in ALGORITHMS]:
+        raise InputError(f'algorithm "{wrong[0]}" is unknown: choose from {", ".join(ALGORITHMS)}')
+    if min(candidates, default=0) < 2 or seeds < 2:
+        raise InputError(
+            f"got candidates {list(candidates)}, seeds {seeds}: give numbers of clusters and seeds from 2"
         )
+    check_documents(tokens)
+    wanted = {tap.layer for tap in choose_layers(model, layers)}
+    measured = [ffn for ffn in ffns(model) if ffn.layer in wanted]
+    keep: dict[str, Any] = {"co_activity": co_activity, "neurons": neurons, "budget": budget, "seed": seed}
+    if statistics is None:
+        statistics = collect(model, tokens, probes(measured, **keep), **collecting)
+    root = vocabulary_root(model)
+
+    def views(ffn: FFN) -> dict[str, View]:
+        metric = vocabulary_metric(model, ffn.layer, root)
+        return views_of(ffn, drawn(ffn, neurons, seed), metric, statistics, co_activity)
+
+    active = [ffn for ffn in measured if half_name(ffn.layer, 0) in statistics]
+    scouting = {ffn.layer for ffn in spread(active or measured, scouts)}
+    judge = Judge(range(seed, seed + seeds), permutations, seed)
+    trials = [
+        measure(judge, ffn.layer, name, view, "spherical", k)[0]
+        for ffn in measured
+        if ffn.layer in scouting
+        for name, view in views(ffn).items()
+        for k in sorted({at_most(k, view) for k in candidates})
     ]
-    settings = {"clusters": clusters, "seeds": seeds, "permutations": permutations, "seed": seed}
-    return NeuronClusters(rows, {"model": describe(model)["name"], "weights": "raw", **settings})
-
-
-@dataclass(frozen=True)
-class _Clustering:
-    labels: Int[Tensor, " n"]
-    fit: float
-    stability: float
-
-
-def _cluster(rows: Float[Tensor, "n d"], clusters: int, seeds: Sequence[int], signed: bool) -> _Clustering:
-    runs = [spherical_kmeans(rows, clusters, seed=seed, signed=signed) for seed in seeds]
-    pairs = [adjusted_rand_score(a.numpy(), b.numpy()) for (a, _), (b, _) in combinations(runs, 2)]
-    labels, fit = max(runs, key=lambda run: run[1])
-    return _Clustering(labels, fit, float(np.mean(pairs)) if pairs else float("nan"))
-
-
-def _layer_rows(ffn: FFN, clusters: int, seeds: Sequence[int], permutations: int, nulls: dict) -> list[Row]:
-    matrices = {"keys": ffn.keys, "gates": ffn.gates, "values": ffn.values}
-    views = {view: rows.detach().float().cpu() for view, rows in matrices.items() if rows is not None}
-    signed = {view: view == "gates" or not ffn.gated for view in views}
-    found = {view: _cluster(rows, clusters, seeds, signed[view]) for view, rows in views.items()}
-    generator = torch.Generator().manual_seed(1_000_003 * seeds[0] + ffn.layer)
-    for sign in set(signed.values()):
-        if (ffn.values.shape, sign) not in nulls:
-            gaussian = torch.randn(ffn.values.shape, generator=generator)
-            nulls[ffn.values.shape, sign] = _cluster(gaussian, clusters, seeds, sign)
-    null = {sign: nulls[ffn.values.shape, sign] for sign in signed.values()}
-    values = found["values"].labels.numpy()
-    shuffled = [values[torch.randperm(len(values), generator=generator).numpy()] for _ in range(permutations)]
-    return [
-        Row(
-            layer=ffn.layer,
-            view=view,
-            clusters=clusters,
-            signed=signed[view],
-            stability=clustering.stability,
-            stability_null=null[signed[view]].stability,
-            fit=clustering.fit,
-            fit_null=null[signed[view]].fit,
-            largest=float(torch.bincount(clustering.labels).max() / len(clustering.labels)),
-            agreement_with_values=_agreement(clustering, values) if view != "values" else None,
-            agreement_permuted=max(_agreement(clustering, other) for other in shuffled)
-            if view != "values"
-            else None,
-            permutations=permutations,
+    clusters, rows = choose(trials), list[Row]()
+    (compared,) = spread(sorted(scouting), 1)
+    for ffn in measured:
+        seen, others = views(ffn), [name for name in algorithms if name != "spherical" and ffn.layer == compared]
+        rows += (
+            row for name in ("spherical", *others) for row in layer_rows(judge, ffn.layer, seen, name, clusters)
         )
-        for view, clustering in found.items()
-    ]
-
-
-def _agreement(clustering: _Clustering, labels: np.ndarray) -> float:
-    return float(adjusted_mutual_info_score(clustering.labels.numpy(), labels))
+    done = {(row.layer, row.view, row.clusters) for row in rows}
+    rows += (row for row in trials if (row.layer, row.view, row.clusters) not in done)
+    settings = settings_of(model, tokens, seed, **collecting) | keep
+    settings |= {"weights": "raw", "vocabulary": "folded", "candidates": list(candidates), "clusters": clusters}
+    settings |= {"seeds": seeds, "permutations": permutations, "algorithms": list(algorithms)}
+    settings |= {"scouts": sorted(scouting), "drawn": any(ffn.d_mlp > neurons for ffn in measured)}
+    return NeuronClusters(rows, settings)

@@ -42,6 +42,7 @@ from ..analyzers.gradient_flow import probes as gradient_probes
 from ..analyzers.interactions import probes as interaction_probes
 from ..analyzers.knockout import probes as knockout_probes
 from ..analyzers.memories import probes as memory_probes
+from ..analyzers.neuron_views import probes as cluster_probes
 from ..analyzers.quantization import SPREAD, spread
 from ..analyzers.quantization import probes as quantization_probes
 from ..analyzers.rank_probes import probes as rank_probes
@@ -234,7 +235,11 @@ ANALYSES: Mapping[str, Analysis] = {
         lambda layers, settings, _: gradient_probes(layers, seed=settings.seed),
     ),
     "weight_rank": Analysis(WeightRank, lambda of: weight_rank(of.work.model, **of.shared)),
-    "neuron_clusters": Analysis(NeuronClusters, lambda of: neuron_clusters(of.work.model, **of.shared)),
+    "neuron_clusters": Analysis(
+        NeuronClusters,
+        lambda of: neuron_clusters(*of.measured, **of.streamed),
+        lambda layers, settings, _: cluster_probes(layers, seed=settings.seed),
+    ),
 }
 
 

@@ -11,51 +11,92 @@ from torch import Tensor
 from . import triangle
 from .base import Statistic, no_tokens
 
+KEEP = ("counts", "magnitudes", "both")
+
 
 @dataclass(frozen=True)
 class CoActive:
-    """Counts of tokens on which neurons are active, alone and in pairs."""
+    """How pairs of neurons are active together: by counts of tokens, by the covariance of |x|, or both."""
 
     n: int
-    both: Int[Tensor, "d d"]  # tokens on which both are active; on the diagonal, each neuron's own
+    both: Int[Tensor, "d d"] | None  # tokens on which both are active; on the diagonal, each neuron's own
+    covariance: Float[Tensor, "d d"] | None  # of |x|, divided by n
 
     @property
     def active(self) -> Int[Tensor, " d"]:
-        return self.both.diagonal()
+        return self._kept(self.both, "counts").diagonal()
 
     def correlation(self) -> Float[Tensor, "d d"]:
         """The phi coefficient of each pair, in [-1, 1]; 0 for independent neurons, NaN for a constant one."""
         rate = self.active.double() / self.n
         sd = (rate * (1 - rate)).sqrt()
-        return (self.both.double() / self.n).addr_(rate, rate, alpha=-1) / sd / sd[:, None]
+        both = self._kept(self.both, "counts").double()
+        return (both / self.n).addr_(rate, rate, alpha=-1) / sd / sd[:, None]
+
+    def magnitude_correlation(self) -> Float[Tensor, "d d"]:
+        """The correlation of |x| of each pair, in [-1, 1]; NaN for a neuron whose |x| is constant."""
+        covariance = self._kept(self.covariance, "magnitudes")
+        sd = covariance.diagonal().clamp(min=0).sqrt()
+        return covariance / sd / sd[:, None]
+
+    def _kept(self, part: Tensor | None, name: str) -> Tensor:
+        if part is None:
+            raise ValueError(f'{name} were not kept: make the statistic with keep="{name}" or "both"')
+        return part
 
 
 class CoActivation(Statistic):
-    """Exact counts of tokens on which two neurons are both active: |x| above a threshold of each neuron.
+    """Exact counts of tokens on which two neurons are both active, and second moments of |x|.
 
-    The threshold is a quantile of the neuron's own |x| in a pilot, so that scale and sign, which are free in a
-    gated neuron, change nothing. What is exactly 0 is never active.
+    A neuron is active where |x| is above a threshold, a quantile of its own |x| in a pilot, so that scale and
+    sign, which are free in a gated neuron, change nothing, as they change no correlation of |x|. What is exactly
+    0 is never active. |x| is shifted by its pilot mean (see `Moments`). Of each matrix the upper triangle is kept:
+    4.5 d² bytes.
     """
 
-    fixed = ("threshold",)
+    fixed = ("threshold", "shift")
 
     @classmethod
-    def about(cls, sample: Float[Tensor, "n d"], share: float = 0.1) -> CoActivation:
-        """Nothing seen yet; a neuron is active on the `share` of its strongest tokens in the pilot sample."""
-        d = sample.shape[1]
+    def about(cls, sample: Float[Tensor, "n d"], share: float = 0.1, keep: str = "counts") -> CoActivation:
+        """Nothing seen yet; a neuron is active on the `share` of its strongest tokens in the pilot sample.
+
+        Args:
+            keep: counts, magnitudes or both.
+        """
+        if keep not in KEEP:
+            raise ValueError(f'keep "{keep}" is unknown: choose from {", ".join(KEEP)}')
+        d, magnitude = sample.shape[1], sample.double().abs()
+        zeros = torch.zeros(d, dtype=torch.float64, device=sample.device)
         threshold = torch.zeros(d, device=sample.device)
         if len(sample):
             threshold = torch.quantile(sample.float().abs(), 1 - share, dim=0)
-        both = torch.zeros(triangle.size(d), dtype=torch.int64, device=sample.device)
-        return cls({"n": no_tokens(), "threshold": threshold, "both": both})
+        counted, summed = (triangle.size(d) if keep in (one, "both") else 0 for one in KEEP[:2])
+        return cls(
+            {
+                "n": no_tokens(),
+                "threshold": threshold,
+                "shift": magnitude.mean(0) if len(sample) else zeros.clone(),
+                "both": torch.zeros(counted, dtype=torch.int64, device=sample.device),
+                "s": zeros,
+                "S": torch.zeros(summed, dtype=torch.float64, device=sample.device),
+            }
+        )
 
     def _summary(self, x: Float[Tensor, "n d"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
-        active = x.abs() > self._state["threshold"]
-        return {"n": torch.tensor(len(x)), "both": triangle.counts(active)}
+        magnitude = (x if x.dtype == torch.float64 else x.float()).abs()  # never a Gram matrix in half precision
+        part = {"n": torch.tensor(len(x))}
+        if len(self._state["both"]):
+            part["both"] = triangle.counts(magnitude > self._state["threshold"])
+        if len(self._state["S"]):
+            magnitude = magnitude - self._state["shift"].to(magnitude.dtype)
+            part |= {"s": magnitude.sum(0).double(), "S": triangle.gram(magnitude)}
+        return part
 
     def _add(self, part) -> None:
-        triangle.add(self._state["both"], part["both"])
-        super()._add({name: tensor for name, tensor in part.items() if name != "both"})
+        triangles = {"both", "S"} & part.keys()
+        for name in triangles:
+            triangle.add(self._state[name], part[name])
+        super()._add({name: tensor for name, tensor in part.items() if name not in triangles})
 
     def compute(self) -> CoActive:
         """How often each pair of neurons is active together.
@@ -64,4 +105,10 @@ class CoActivation(Statistic):
             ValueError: no token seen.
         """
         self._need(1, "a co-activation")
-        return CoActive(self.n, triangle.square(self._state["both"], len(self._state["threshold"])))
+        d, both, covariance = len(self._state["threshold"]), None, None
+        if len(self._state["both"]):
+            both = triangle.square(self._state["both"], d)
+        if len(self._state["S"]):
+            mean = self._state["s"] / self.n
+            covariance = (triangle.square(self._state["S"], d) / self.n).addr_(mean, mean, alpha=-1)
+        return CoActive(self.n, both, covariance)

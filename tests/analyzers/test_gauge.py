@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,11 @@ ANALYZERS: list[Callable] = [
     fp.quantization,
     fp.weight_rank,
 ]
-OPTIONS = {"knockout": {"held_out": 128, "draws": 2}, "experts": {"loss_tokens": 128}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "experts": {"loss_tokens": 128},
+    "knockout": {"held_out": 128, "draws": 2},
+    "neuron_clusters": {"candidates": [6], "algorithms": ["balanced"], "permutations": 2, "seeds": 2},
+}
 
 
 SINGLE = {"experts", "quantization"}  # their samples are float32
