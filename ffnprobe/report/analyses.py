@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -286,8 +287,9 @@ def measure(
     results: dict[str, Result] = {}
     left = list(analyses_of(settings, work.model, work.tokens))
     for i, name in enumerate(left):
-        say(f"measuring {name}")
+        started = time.perf_counter()
         results[name] = ANALYSES[name].run(Inputs(work, settings, layers, statistics, results))
+        say(f"measured {name} in {time.perf_counter() - started:.0f} s")
         yield name, results[name]
         needed = {of for later in left[i + 1 :] for of in (later, *ANALYSES[later].uses)}
         for done in [of for of in statistics if of.partition("/")[0] not in needed]:
