@@ -1,5 +1,7 @@
 """One question a file."""
 
+from .contraction import Contraction as Contraction
+from .contraction import contraction as contraction
 from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits
