@@ -1,4 +1,5 @@
 from .analyzers import Edit as Edit
+from .analyzers import attention_share as attention_share
 from .analyzers import contraction as contraction
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits

@@ -1,5 +1,7 @@
 """One question a file."""
 
+from .attention_share import AttentionShare as AttentionShare
+from .attention_share import attention_share as attention_share
 from .contraction import Contraction as Contraction
 from .contraction import contraction as contraction
 from .expansion import Expansion as Expansion

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from ffnprobe import contraction, hidden_rank, memories, neuron_clusters, neuron_roles, weight_rank
+from ffnprobe import (
+    attention_share,
+    contraction,
+    hidden_rank,
+    memories,
+    neuron_clusters,
+    neuron_roles,
+    weight_rank,
+)
 
 FLOATS = 1e-3  # activations are float32
 
@@ -34,14 +42,18 @@ def contracted(model, tokens):
     return contraction(model, tokens, causal_layers=[1], held_out=128)
 
 
+def attended(model, tokens):
+    return attention_share(model, tokens, layers=[0, 1], held_out=128)
+
+
 @pytest.mark.parametrize(
     "analyzer",
-    [contracted, hidden_rank, memories, neuron_roles, weight_rank, neuron_clusters],
+    [attended, contracted, hidden_rank, memories, neuron_roles, weight_rank, neuron_clusters],
     ids=lambda f: f.__name__,
 )
 def test_no_number_changes(analyzer, planted, model_of, tokens):
     one, other = model_of("llama"), planted("llama", rescale)
-    arguments = [tokens(one)] if analyzer in (contracted, hidden_rank, memories, neuron_roles) else []
+    arguments = [tokens(one)] if analyzer in (attended, contracted, hidden_rank, memories, neuron_roles) else []
     for a, b in zip(analyzer(one, *arguments).rows, analyzer(other, *arguments).rows, strict=True):
         for name, value in vars(a).items():
             assert same(value, getattr(b, name)), (name, value, getattr(b, name))
