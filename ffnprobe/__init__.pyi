@@ -1,6 +1,7 @@
 from .analyzers import Edit as Edit
 from .analyzers import attention_share as attention_share
 from .analyzers import contraction as contraction
+from .analyzers import contraction_family as contraction_family
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
 from .analyzers import hidden_rank as hidden_rank

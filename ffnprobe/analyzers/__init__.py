@@ -4,6 +4,8 @@ from .attention_share import AttentionShare as AttentionShare
 from .attention_share import attention_share as attention_share
 from .contraction import Contraction as Contraction
 from .contraction import contraction as contraction
+from .contraction_family import ContractionFamily as ContractionFamily
+from .contraction_family import contraction_family as contraction_family
 from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits
