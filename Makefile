@@ -30,8 +30,8 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 # the family, planted facts and edits bring their own models
-FAMILY = analyses/plot_expansion.py analyses/plot_claims_family.py analyses/plot_recall.py \
-	analyses/plot_memory_edit.py analyses/plot_quantization_family.py
+FAMILY = analyses/plot_expansion.py analyses/plot_claims_family.py analyses/plot_contraction_family.py \
+	analyses/plot_quantization_family.py analyses/plot_recall.py analyses/plot_memory_edit.py
 
 gallery: $(VENV)/ready
 	for script in $(filter-out $(FAMILY),$(wildcard analyses/plot_*.py)); do $(BIN)/python $$script $(MODEL) || exit 1; done

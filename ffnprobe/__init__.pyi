@@ -1,7 +1,10 @@
 from .analyzers import Edit as Edit
+from .analyzers import attention_share as attention_share
 from .analyzers import claims as claims
 from .analyzers import claims_family as claims_family
 from .analyzers import cluster_labels as cluster_labels
+from .analyzers import contraction as contraction
+from .analyzers import contraction_family as contraction_family
 from .analyzers import expansion as expansion
 from .analyzers import expansion_fits as expansion_fits
 from .analyzers import experts as experts

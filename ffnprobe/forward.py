@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from .errors import InputError
 from .models import Model, Tap, context_length, plain, taps
 from .placement import input_device
+
+_Item = TypeVar("_Item")
 
 OnLayer = Callable[[Tap, dict[str, Tensor]], None]
 
@@ -35,6 +37,18 @@ def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap
             there = f"{min(available)} to {max(available)}"
             raise InputError(f"layer {layer} is not there: the FFNs are in layers {there}; choose among them")
     return [tap for layer, tap in available.items() if layers is None or layer in layers]
+
+
+def evenly(items: Sequence[_Item], n: int) -> list[_Item]:
+    """At most n of them, the first and the last among them; the middle one where n is 1.
+
+    >>> evenly(range(30), 4)
+    [0, 10, 19, 29]
+    """
+    if n >= len(items):
+        return list(items)
+    places = torch.linspace(0, len(items) - 1, n) if n > 1 else torch.tensor([len(items) // 2])
+    return [items[i] for i in places.round().long().tolist()]
 
 
 def forward(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_layer: OnLayer) -> None:

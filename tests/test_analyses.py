@@ -16,6 +16,7 @@ OWN = {
     "plot_expansion.py": ["expansion-tiny", "expansion_fits-tiny"],
     "plot_memory_edit.py": ["memory_edit-tiny-x4"],
     "plot_quantization_family.py": ["quantization_family-tiny"],
+    "plot_contraction_family.py": ["contraction_family-tiny"],
 }
 
 
@@ -67,6 +68,15 @@ def test_the_claims_of_the_family_are_drawn_from_two_models(run, tmp_path, capsy
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for kind in ("png", "svg", "parquet")}
     said = capsys.readouterr().out
     assert "expansion 0.5 to 1: R² of y" in said and "before training" in said and "claim 6, " in said
+
+
+def test_contraction_is_drawn_of_two_models_and_a_corpus(run, tmp_path, capsys):
+    corpus = str(ANALYSES.parent / "data/tiny/heldout.jsonl")
+    options = ("--corpus", corpus, "--tokens", "1024", "--layers", "1", "--out", str(tmp_path))
+    run(ANALYSES / "plot_contraction_family.py", "tiny-x4", "tiny-x0.5", *options)
+    (stem,) = OWN["plot_contraction_family.py"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for kind in ("png", "svg", "parquet")}
+    assert "r = 0.5: 100% of the variance of h kept" in capsys.readouterr().out
 
 
 def test_edits_are_drawn_on_a_tiny_model(run, tmp_path, capsys):

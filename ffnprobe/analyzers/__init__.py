@@ -1,11 +1,17 @@
 """One question a file."""
 
+from .attention_share import AttentionShare as AttentionShare
+from .attention_share import attention_share as attention_share
 from .claims import Claims as Claims
 from .claims import claims as claims
 from .claims_family import ClaimsFamily as ClaimsFamily
 from .claims_family import claims_family as claims_family
 from .cluster_labels import ClusterLabels as ClusterLabels
 from .cluster_labels import cluster_labels as cluster_labels
+from .contraction import Contraction as Contraction
+from .contraction import contraction as contraction
+from .contraction_family import ContractionFamily as ContractionFamily
+from .contraction_family import contraction_family as contraction_family
 from .expansion import Expansion as Expansion
 from .expansion import expansion as expansion
 from .expansion_fits import ExpansionFits as ExpansionFits

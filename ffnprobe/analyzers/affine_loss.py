@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..corpus import Tokens
@@ -65,17 +64,6 @@ def held_out_text(tokens: Tokens, n: int) -> Tokens | None:
     text = Tokens(some(tokens.ids), some(tokens.document), some(tokens.special), tokens.settings)
     predicted = text.document[:, 1:][predictable(text)]
     return text if len(predicted.unique()) > 1 else None
-
-
-def evenly(layers: Sequence[int], most: int) -> list[int]:
-    """At most so many of the layers, first and last among them.
-
-    >>> evenly(range(30), 4)
-    [0, 10, 19, 29]
-    """
-    if len(layers) <= most:
-        return list(layers)
-    return [layers[round(float(i))] for i in torch.linspace(0, len(layers) - 1, most)]
 
 
 def _through(found: AffineMap) -> Callable[[Read], Tensor]:

@@ -14,6 +14,7 @@ from ..corpus import Tokens
 from ..errors import InputError
 from ..ffn import FFN
 from ..figure import styled
+from ..forward import evenly
 from ..models import Model, ffns
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond
 from ..stream import choose_layers, collect, settings_of
@@ -29,7 +30,6 @@ from .neuron_views import (
     View,
     drawn,
     half_name,
-    spread,
     views_of,
     vocabulary_metric,
     vocabulary_root,
@@ -194,7 +194,7 @@ def neuron_clusters(
         return views_of(ffn, drawn(ffn, neurons, seed), metric, statistics, co_activity)
 
     active = [ffn for ffn in measured if half_name(ffn.layer, 0) in statistics]
-    scouting = {ffn.layer for ffn in spread(active or measured, scouts)}
+    scouting = {ffn.layer for ffn in evenly(active or measured, scouts)}
     judge = Judge(range(seed, seed + seeds), permutations, seed)
     trials = [
         measure(judge, ffn.layer, name, view, "spherical", k)[0]
@@ -204,7 +204,7 @@ def neuron_clusters(
         for k in sorted({at_most(k, view) for k in candidates})
     ]
     clusters, rows = choose(trials), list[Row]()
-    (compared,) = spread(sorted(scouting), 1)
+    (compared,) = evenly(sorted(scouting), 1)
     for ffn in measured:
         seen, others = views(ffn), [name for name in algorithms if name != "spherical" and ffn.layer == compared]
         rows += (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..clustering import similarity
 from ..errors import InputError
 from ..ffn import FFN
+from ..forward import evenly
 from ..models import Model, output_gain, unembedding, why_illegible
 from ..statistics import CoActivation
 from ..stream import Probe
@@ -24,8 +25,6 @@ NEURONS = 2048  # of a layer, at most
 CO_ACTIVITY = ("magnitudes", "counts")
 NULL_TOKENS = 2**14  # of a half, at most: more would only bring the null nearer to 0
 RIDGE = 1e-3  # of a correlation matrix: of few tokens it is singular
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +155,7 @@ def probes(
 def within(layers: Sequence[FFN], neurons: int, budget: int) -> list[FFN]:
     """All layers, or as many as fit into so many bytes, spread evenly."""
     for n in range(len(layers), 0, -1):
-        some = spread(layers, n)
+        some = evenly(layers, n)
         if sum(co_activation_bytes(min(ffn.d_mlp, neurons)) for ffn in some) <= budget:
             return some
     least = min(co_activation_bytes(min(ffn.d_mlp, neurons)) for ffn in layers)
@@ -171,14 +170,6 @@ def co_activation_bytes(neurons: int) -> int:
     """Bytes of both halves of the documents, about 9 for each pair of neurons."""
     one = CoActivation.about(torch.empty(0, neurons, device="meta"), keep="magnitudes")
     return 2 * sum(tensor.nbytes for tensor in one.tensors().values())
-
-
-def spread(items: Sequence[_Item], n: int) -> list[_Item]:
-    """n of them, evenly from the first to the last; the middle one where n is 1."""
-    if n >= len(items):
-        return list(items)
-    places = torch.linspace(0, len(items) - 1, n) if n > 1 else torch.tensor([len(items) // 2])
-    return [items[i] for i in places.round().long().tolist()]
 
 
 def _choosing(chosen: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:

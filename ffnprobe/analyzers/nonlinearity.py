@@ -15,12 +15,13 @@ from .. import spectrum as sp
 from ..corpus import Tokens
 from ..ffn import ACTIVATIONS
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
+from ..forward import evenly
 from ..models import Model, ffns
 from ..regression import AffineMap, Paired, fit, held_out
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Moments
 from ..stream import choose_layers, collect, settings_of
-from .affine_loss import NO_LOSS, Loss, affine_losses, evenly
+from .affine_loss import NO_LOSS, Loss, affine_losses
 from .affine_probes import HALVES, Beside, besides, everything, ordinary, writing, written
 from .affine_probes import probes as probes
 from .affine_ranks import affine_ranks

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import torch
 from matplotlib.figure import Figure
 
 from ..corpus import Tokens
 from ..errors import InputError
 from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, caption, legend_below, new_figure, styled
+from ..forward import evenly
 from ..models import Model, ffns
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Sample
@@ -23,8 +23,6 @@ from .codebooks import Halves
 from .coded_layer import AFFINE, FEWEST_CODES, KEPT, OF_H, OF_X, RIDGE, SIGNS, STRONGEST, TOP, coded_rows
 
 CODES = {OF_X: ("o", BLACK), OF_H: ("s", BLUE), STRONGEST: ("^", GREEN), SIGNS: ("v", PURPLE)}
-Layer = TypeVar("Layer")
-
 SPREAD = 6  # layers that are measured where none are named
 
 
@@ -222,7 +220,7 @@ def quantization(
     """
     chosen = [tap.layer for tap in choose_layers(model, layers)]
     if layers is None:
-        chosen = spread(chosen)
+        chosen = evenly(chosen, SPREAD)
     measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, sample, seed), **collecting)
@@ -240,16 +238,6 @@ def quantization(
     settings = settings_of(model, tokens, seed, **collecting)
     settings |= {"arm": measured[0].arm, "sample": sample, "layers": chosen, "ridge": RIDGE, "weights": "raw"}
     return Quantization(rows, settings)
-
-
-def spread(layers: Sequence[Layer], n: int = SPREAD) -> list[Layer]:
-    """At most n of them, the first and the last among them.
-
-    >>> spread(range(30))
-    [0, 6, 12, 17, 23, 29]
-    """
-    places = torch.linspace(0, len(layers) - 1, min(n, len(layers))).round().int()
-    return [layers[i] for i in places.tolist()]
 
 
 def _median(rows: Sequence[Row], measure: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from jaxtyping import Float
@@ -28,14 +28,13 @@ def probes(layers: Sequence[FFN], seed: int = 0, budget: int = BUDGET) -> dict[s
     k = plan_moments(layers, budget)
     wanted: dict[str, Probe] = {}
     for ffn in layers:
-        prefix, canonical = f"hidden_rank/{ffn.layer}", ffn.canonical()
-        null = canonical.randomised(seed).to(ffn.keys.dtype)  # as large as the layer, and held as long
+        prefix, null = f"hidden_rank/{ffn.layer}", _Null(ffn, seed)
         matched = _Matched(k, seed)
         for site in sites(ffn):
             probe = Probe(ffn.layer, site, Moments.about)
             if site in ("pre", "up"):
                 # z is linear in x: d_model numbers tell its spectrum, for d_model^2 of work instead of d_mlp^2
-                probe = Probe(ffn.layer, "in", Moments.about, of=_reading(canonical, site))
+                probe = Probe(ffn.layer, "in", Moments.about, of=_Reading(ffn, site))
             elif site == "post":
                 probe = replace(probe, make=matched.trained if k else Moments.about)
                 probe = replace(probe, of=_scaling(ffn)) if ffn.gated else probe
@@ -44,7 +43,7 @@ def probes(layers: Sequence[FFN], seed: int = 0, budget: int = BUDGET) -> dict[s
         make = matched.null if k else Moments.about
         wanted[f"{prefix}/post/null"] = Probe(ffn.layer, "in", make, of=null.hidden)
         if k:
-            wanted[f"{prefix}/out/null"] = Probe(ffn.layer, "post", Moments.about, of=_writing(ffn, null))
+            wanted[f"{prefix}/out/null"] = Probe(ffn.layer, "post", Moments.about, of=null.write)
         wanted[f"{prefix}/sinks"] = Probe(ffn.layer, "in", Count.about, kinds=("sink",))
     return wanted
 
@@ -115,9 +114,21 @@ def triangle(ffn: FFN, site: str) -> tuple[Float[Tensor, "k d_model"], Float[Ten
     return upper[:, :-1], upper[:, -1]
 
 
-def _reading(ffn: FFN, site: str) -> Callable[[Tensor], Tensor]:
-    matrix, offset = (part.to(ffn.keys.dtype) for part in triangle(ffn, site))
-    return lambda x: x.to(matrix.dtype) @ matrix.mT + offset
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """x -> the pre-activation in a basis of its own span."""
+
+    ffn: FFN
+    site: str
+
+    @cached_property
+    def triangle(self) -> tuple[Tensor, Tensor]:
+        matrix, offset = triangle(self.ffn.canonical(), self.site)
+        return matrix.to(self.ffn.keys.dtype), offset.to(self.ffn.keys.dtype)
+
+    def __call__(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n k"]:
+        matrix, offset = self.triangle
+        return x.to(matrix.dtype) @ matrix.mT + offset
 
 
 def _scaling(ffn: FFN) -> Callable[[Tensor], Tensor]:
@@ -125,10 +136,26 @@ def _scaling(ffn: FFN) -> Callable[[Tensor], Tensor]:
     return lambda hidden: hidden * gauge
 
 
-def _writing(ffn: FFN, null: FFN) -> Callable[[Tensor], Tensor]:
-    """What the null's values make of the trained hidden activations."""
-    values = (ffn.gauge[:, None] * null.values).to(null.values.dtype)
-    return lambda hidden: hidden @ values
+class _Null:
+    """A layer with random weights in its place: made when it is first asked, as large as the layer, and kept."""
+
+    def __init__(self, ffn: FFN, seed: int) -> None:
+        self.ffn, self.seed = ffn, seed
+
+    @cached_property
+    def random(self) -> FFN:
+        return self.ffn.canonical().randomised(self.seed).to(self.ffn.keys.dtype)
+
+    @cached_property
+    def values(self) -> Float[Tensor, "d_mlp d_model"]:
+        return (self.ffn.gauge[:, None] * self.random.values).to(self.random.values.dtype)
+
+    def hidden(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_mlp"]:
+        return self.random.hidden(x)
+
+    def write(self, hidden: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_model"]:
+        """What the random values make of the trained hidden activations."""
+        return hidden @ self.values
 
 
 @dataclass

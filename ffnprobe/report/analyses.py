@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ..analyzers import (
+    AttentionShare,
+    Contraction,
     Experts,
     GradientFlow,
     HiddenRank,
@@ -23,6 +25,8 @@ from ..analyzers import (
     Quantization,
     SVDDirections,
     WeightRank,
+    attention_share,
+    contraction,
     experts,
     gradient_flow,
     hidden_rank,
@@ -44,13 +48,15 @@ from ..analyzers.interactions import probes as interaction_probes
 from ..analyzers.knockout import probes as knockout_probes
 from ..analyzers.memories import probes as memory_probes
 from ..analyzers.neuron_views import probes as cluster_probes
-from ..analyzers.quantization import SPREAD, spread
+from ..analyzers.quantization import SPREAD
 from ..analyzers.quantization import probes as quantization_probes
 from ..analyzers.rank_probes import probes as rank_probes
 from ..analyzers.roles import probes as role_probes
+from ..analyzers.selectivity import probes as contraction_probes
 from ..corpus import Tokens
 from ..errors import InputError, ModelRefused
 from ..ffn import FFN
+from ..forward import choose_layers, evenly
 from ..intervene import check_causal, predictable
 from ..models import Model, foldings, unembedding, why_illegible
 from ..result import Result
@@ -142,6 +148,19 @@ def _losses(of: Inputs) -> int:
     return 0 if refused else HELD_OUT
 
 
+def _no_shares(model: Model) -> str | None:
+    return _no_loss(model) or why_illegible(model)
+
+
+def _third(layers: Sequence[int]) -> list[int]:
+    """Two of the layers, a third and two thirds of the way: each costs dozens of passes."""
+    return [layers[len(layers) // 3], layers[2 * len(layers) // 3]] if len(layers) > 2 else list(layers)
+
+
+def _cut(of: Inputs) -> list[int]:
+    return _third([tap.layer for tap in choose_layers(of.work.model, of.layers)])
+
+
 def _sets(of: Inputs) -> dict[str, dict[int, list[int]]] | None:
     """The neurons of each role, if any was found; else what `knockout` takes by itself."""
     roles = of.results.get("neuron_roles")
@@ -190,6 +209,23 @@ ANALYSES: Mapping[str, Analysis] = {
         lambda layers, settings, _: interaction_probes(layers, settings.seed, settings.budget),
         uses=("hidden_rank", "nonlinearity"),
     ),
+    "contraction": Analysis(
+        Contraction,
+        lambda of: contraction(
+            *of.measured,
+            causal_layers=_cut(of),
+            held_out=_held_out(of.work.tokens),
+            budget=of.settings.budget,
+            **of.streamed,
+        ),
+        lambda layers, settings, _: (
+            rank_probes(layers, settings.seed, settings.budget)
+            | contraction_probes(layers, _third([ffn.layer for ffn in layers]), budget=None)
+        ),
+        _no_loss,
+        _one_document,
+        uses=("hidden_rank",),
+    ),
     "memories": Analysis(
         Memories,
         lambda of: memories(*of.measured, **of.streamed),
@@ -218,7 +254,7 @@ ANALYSES: Mapping[str, Analysis] = {
         Quantization,
         lambda of: quantization(*of.measured, **of.streamed),
         lambda layers, settings, _: quantization_probes(
-            layers if settings.layers is not None else spread(layers), seed=settings.seed
+            layers if settings.layers is not None else evenly(layers, SPREAD), seed=settings.seed
         ),
         too_little=_few_tokens,
         most_layers=SPREAD,
@@ -229,6 +265,12 @@ ANALYSES: Mapping[str, Analysis] = {
         lambda layers, settings, _: expert_probes(layers, seed=settings.seed),
         _no_loss,
         _one_document,
+    ),
+    "attention_share": Analysis(
+        AttentionShare,
+        lambda of: attention_share(*of.measured, held_out=_held_out(of.work.tokens), **of.collecting),
+        why_not=_no_shares,
+        too_little=_one_document,
     ),
     "gradient_flow": Analysis(
         GradientFlow,

@@ -13,6 +13,8 @@ from ffnprobe.models import Model, ffns
 
 CLOSE = 1e-5
 ANALYZERS: list[Callable] = [
+    fp.attention_share,
+    fp.contraction,
     fp.experts,
     fp.gradient_flow,
     fp.hidden_rank,
@@ -27,6 +29,8 @@ ANALYZERS: list[Callable] = [
     fp.weight_rank,
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
+    "attention_share": {"held_out": 128},
+    "contraction": {"held_out": 128},
     "experts": {"loss_tokens": 128},
     "knockout": {"held_out": 128, "draws": 2},
     "neuron_clusters": {"candidates": [6], "algorithms": ["balanced"], "permutations": 2, "seeds": 2},

@@ -20,7 +20,6 @@ from ffnprobe.analyzers.neuron_views import (
     half_name,
     of_weights,
     probes,
-    spread,
     views_of,
     vocabulary_metric,
     vocabulary_root,
@@ -29,6 +28,7 @@ from ffnprobe.analyzers.neuron_views import (
 from ffnprobe.clustering import ALGORITHMS, similarity
 from ffnprobe.corpus import Tokens
 from ffnprobe.errors import InputError
+from ffnprobe.forward import evenly
 from ffnprobe.models import ffns, output_gain, unembedding
 from ffnprobe.statistics import triangle
 from ffnprobe.stream import capture, collect
@@ -210,8 +210,8 @@ def test_layers_beyond_the_budget_go_without_co_activation(llama, tokens):
 
 
 def test_items_are_spread_from_end_to_end():
-    assert [spread(range(9), n) for n in (1, 2, 3)] == [[4], [0, 8], [0, 4, 8]]
-    assert spread(range(2), 5) == [0, 1]
+    assert [evenly(range(9), n) for n in (1, 2, 3)] == [[4], [0, 8], [0, 4, 8]]
+    assert evenly(range(2), 5) == [0, 1]
 
 
 def test_a_shared_pass_gives_the_same_and_bert_has_no_vocabulary(model_of, tokens):

@@ -18,7 +18,7 @@ def test_only_and_skip_choose_in_the_order_of_the_page():
     ("only", "skip", "said"),
     [
         ("memories", "weight_rank", "got both --only and --skip"),
-        ("memory", None, "analyzer 'memory' is unknown: choose from hidden_rank, memories"),
+        ("memory", None, "analyzer 'memory' is unknown: choose from hidden_rank, nonlinearity"),
         (None, ",".join(ANALYSES), "no analyzer is left"),
         (" ", None, "no analyzer is left"),
     ],
