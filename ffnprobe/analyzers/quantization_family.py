@@ -153,8 +153,8 @@ class QuantizationFamily(Result):
             claim=4,
             rule="more clusters. supported if the number of codewords at which R² saturates grows with the width, "
             "and grows faster than that of random codebooks (95% intervals of both exponents, median layer, are "
-            "above 0); mixed if it only grows; no verdict where most layers do not saturate below d_mlp (which was "
-            "added when that was seen)",
+            "above 0); mixed if it only grows; no verdict where most layers do not saturate below d_mlp (which "
+            "was added when that was seen)",
             measured=f"{arm}: exponents of the width {more.written('measure')}, of the ratio to random codebooks "
             f"{more.written('ratio')}, N = {more.widths}; none seen below d_mlp in {self.unsaturated(arm):.0%} of "
             "the layers",
