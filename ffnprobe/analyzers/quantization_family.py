@@ -101,6 +101,11 @@ class QuantizationFamily(Result):
 
         return Laws(*(fitted(of) for of in ("value", "null", "ratio")))
 
+    def unsaturated(self, arm: str) -> float:
+        """The share of layers in which R² still grows at d_mlp codewords."""
+        rows = self._rows(arm, SATURATED)
+        return sum(row.value == row.d_mlp for row in rows) / len(rows)
+
     def findings(self) -> list[str]:
         sentences = []
         for arm in self.arms:
@@ -116,6 +121,10 @@ class QuantizationFamily(Result):
                     f"width {laws.written('measure')}, of the null {laws.written('null')}, of their ratio "
                     f"{laws.written('ratio')} (OLS 95%, N = {laws.widths})."
                 )
+            sentences.append(
+                f"{arm}: R² does not saturate below d_mlp codewords in {self.unsaturated(arm):.0%} of the layers; "
+                "where it does not, their number at saturation is only the largest that was tried."
+            )
         return sentences
 
     def verdicts(self) -> list[Verdict]:
@@ -137,14 +146,18 @@ class QuantizationFamily(Result):
             against="The number of codewords grows with the width by construction, and more of them tell more of "
             "any smooth map; that neurons are codewords does not follow.",
         )
+        if self.unsaturated(arm) > 0.5:
+            return  # what grows is the largest codebook that was tried
         grows, beyond_null = more.above("measure"), more.above("ratio")
         yield Verdict(
             claim=4,
             rule="more clusters. supported if the number of codewords at which R² saturates grows with the width, "
             "and grows faster than that of random codebooks (95% intervals of both exponents, median layer, are "
-            "above 0); mixed if it only grows",
+            "above 0); mixed if it only grows; no verdict where most layers do not saturate below d_mlp (which "
+            "was added when that was seen)",
             measured=f"{arm}: exponents of the width {more.written('measure')}, of the ratio to random codebooks "
-            f"{more.written('ratio')}, N = {more.widths}",
+            f"{more.written('ratio')}, N = {more.widths}; none seen below d_mlp in {self.unsaturated(arm):.0%} of "
+            "the layers",
             verdict="not supported" if not grows else "supported" if beyond_null else "mixed",
             against="Saturation is looked for among at most d_mlp codewords, and ends where codewords run out of "
             "tokens: with few tokens it grows with neither.",

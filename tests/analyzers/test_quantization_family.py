@@ -28,15 +28,17 @@ def measured(gpt2):
     return quantization(gpt2, text, layers=[0, 1]), experts(gpt2, text, layers=[0, 1], clusters=10, draws=2)
 
 
-def family(measured, exponent: float, null: float, widths=WIDTHS, parts: float = -0.1) -> QuantizationFamily:
+def family(
+    measured, exponent: float, null: float, widths=WIDTHS, parts: float = -0.1, cap=10**6
+) -> QuantizationFamily:
     """Members in which what is lost to codes, and to random ones, goes with these powers of the width."""
     coded, kept = [], []
     for width in widths:
         settings = {"model": f"x{width}", "arm": "gelu", "seed": 0}
         sizes = [2**b for b in range(4, 12) if 2**b <= width]
 
-        def at(size: int, power: float) -> float:
-            return 1 - 0.9 * (size / 64) ** power
+        def at(size: int, power: float, most: float = cap * width**0.5) -> float:
+            return 1 - 0.9 * (min(size, most) / 64) ** power
 
         one, other = (result.rows for result in measured)
         rows = [
@@ -49,7 +51,7 @@ def family(measured, exponent: float, null: float, widths=WIDTHS, parts: float =
             for size in sizes
         ]
         coded.append(Quantization(rows, settings))
-        told = {CLUSTERS: 1 - 0.5 * (width / 64) ** parts, RANDOM: 0.5}
+        told = {CLUSTERS: 1 - 0.5 * (width / 64) ** -0.1, RANDOM: 0.5}
         rows = [replace(row, r2=told.get(row.partition, 0.9)) for row in other if row.layer is not None]
         kept.append(Experts(rows, settings))
     return quantization_family(coded, kept)
@@ -72,6 +74,14 @@ def test_planted_powers_are_found(measured):
 def test_finer_is_what_falls_faster_than_random_codebooks(measured, exponent, null, verdict):
     assert family(measured, exponent, null).verdicts()[0].verdict == verdict
     assert family(measured, exponent, null, widths=WIDTHS[:5]).verdicts() == []
+
+
+def test_clusters_are_judged_only_where_saturation_is_seen(measured):
+    assert family(measured, -0.2, -0.1).unsaturated("gelu") == 1
+    assert len(family(measured, -0.2, -0.1).verdicts()) == 1
+    seen = family(measured, -0.2, -0.2, cap=3)
+    assert seen.unsaturated("gelu") == 0
+    assert seen.verdicts()[1].verdict == "mixed"  # random codebooks saturate at as many
 
 
 def test_saturation_is_the_first_size_within_5_percent_of_the_most():
