@@ -111,7 +111,7 @@ class ClaimsFamily(Result):
         for measure in measures:
             holds = [row.holds for row in self.rows if row.measure == measure]
             k, n = sum(map(bool, holds)), len(holds)
-            counts.append(f"{measure}: {k} of {n}")
+            counts.append(f"{measure}: {k} of {n}{self._trend(measure)}")
             judged.append(n >= FEWEST_LAYERS and beyond(k, n))
         if not any(row.measure in measures for row in self.rows):
             return None
@@ -123,6 +123,15 @@ class ClaimsFamily(Result):
             verdict="supported" if all(judged) else "mixed" if some else "not supported",
             against=against,
         )
+
+    def _trend(self, measure: str) -> str:
+        """Whether it grows with the width, which no rule asks for: the median layer of the two ends."""
+        arm = self.arms[0]
+        series = self.series(arm, measure, "value")
+        low, high = min(series, default=0.0), max(series, default=0.0)
+        if low == high:
+            return ""
+        return f" ({series[low]:.3g} at expansion {low:g}, {series[high]:.3g} at {high:g}, {arm})"
 
     @styled
     def plot(self) -> Figure:
