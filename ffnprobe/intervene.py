@@ -102,7 +102,8 @@ def losses(
     chosen = choose_layers(model, layers) if layers else []
     apart = find_sinks(model, tokens, chosen, sink_factor, nonfinite) if layers and not sinks else None
     use = predictable(tokens) if counted is None else predictable(tokens) & counted[:, 1:]
-    found: dict[str, list[Tensor]] = {name: [] for name in ("", *arms)}
+    before: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {name: [] for name in arms}
     for rows in torch.arange(len(tokens.ids)).split(batch):
         kept: dict[int, Tensor] = {}
 
@@ -114,13 +115,13 @@ def losses(
 
         ids = tokens.ids[rows]
         with torch.no_grad(), showing(chosen, mark), block_outputs(model) as outputs:
-            found[""].append(token_losses(model, ids))
+            before.append(token_losses(model, ids))
         for name, changes in arms.items():
             with torch.no_grad(), _changed(model, changes, kept), _resumed(model, changes, outputs):
                 found[name].append(token_losses(model, ids))
         if progress:
             progress(int(rows[-1] + 1) * ids.shape[1], tokens.n)
-    n, unchanged = document_means(torch.cat(found.pop("")), use, tokens)
+    n, unchanged = document_means(torch.cat(before), use, tokens)
     return Losses(
         n, unchanged, {name: document_means(torch.cat(of), use, tokens)[1] for name, of in found.items()}
     )

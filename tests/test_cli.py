@@ -85,7 +85,7 @@ def test_a_report_on_a_tiny_model_shows_its_family(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, complained = run("report", "tiny-x4", "--tokens", "1024", "--only", "weight_rank", "--out", "run")
     assert code == 0, complained
-    names = {"weight_rank", "expansion", "expansion_fits", "recall"}
+    names = {"weight_rank", "expansion", "expansion_fits", "claims_family", "quantization_family", "recall"}
     assert {path.stem for path in Path("run/tables").iterdir()} == {"claims", *names}
     family = pd.read_parquet("run/tables/expansion.parquet")
     assert set(family.model) == set(MEMBERS) and set(family.state) == set(STATES)

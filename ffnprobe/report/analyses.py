@@ -198,7 +198,7 @@ ANALYSES: Mapping[str, Analysis] = {
     "nonlinearity": Analysis(
         Nonlinearity,
         lambda of: nonlinearity(
-            *of.measured, budget=of.settings.budget, loss_tokens=_losses(of), loss_layers=6, **of.streamed
+            *of.measured, budget=of.settings.budget, loss_tokens=_losses(of), loss_layers=4, **of.streamed
         ),
         lambda layers, settings, _: affine_probes(layers, settings.seed, settings.budget),
         uses=("hidden_rank",),

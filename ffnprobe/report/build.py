@@ -10,11 +10,13 @@ from itertools import groupby
 from pathlib import Path
 
 from ..analyzers.claims import claims
+from ..analyzers.claims_family import ClaimsFamily
 from ..analyzers.expansion import Expansion
 from ..analyzers.expansion_fits import ExpansionFits
 from ..analyzers.hidden_rank import check_documents
 from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
+from ..analyzers.quantization_family import QuantizationFamily
 from ..analyzers.recall import Recall
 from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
 from ..errors import InputError
@@ -37,6 +39,8 @@ from .settings import Settings
 FAMILY: dict[str, type[Result]] = {
     "expansion-tiny": Expansion,
     "expansion_fits-tiny": ExpansionFits,
+    "claims_family-tiny": ClaimsFamily,
+    "quantization_family-tiny": QuantizationFamily,
     "recall-planted": Recall,
 }
 RESULTS: tuple[type[Result], ...] = (*(analysis.kind for analysis in ANALYSES.values()), *FAMILY.values())
