@@ -48,7 +48,6 @@ from ..analyzers.interactions import probes as interaction_probes
 from ..analyzers.knockout import probes as knockout_probes
 from ..analyzers.memories import probes as memory_probes
 from ..analyzers.neuron_views import probes as cluster_probes
-from ..analyzers.quantization import SPREAD
 from ..analyzers.quantization import probes as quantization_probes
 from ..analyzers.rank_probes import probes as rank_probes
 from ..analyzers.roles import probes as role_probes
@@ -65,7 +64,9 @@ from ..statistics import Statistic
 from ..stream import Probe
 from .settings import Settings
 
-HELD_OUT = 1024  # tokens on which losses are compared
+HELD_OUT = 512  # tokens on which losses are compared; the scripts of analyses/ take more
+SAMPLED = 2048  # tokens of each half of the documents on which codes are compared
+FEW = 4  # layers of what takes a minute a layer
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,17 @@ def _no_shares(model: Model) -> str | None:
     return _no_loss(model) or why_illegible(model)
 
 
-def _third(layers: Sequence[int]) -> list[int]:
-    """Two of the layers, a third and two thirds of the way: each costs dozens of passes."""
-    return [layers[len(layers) // 3], layers[2 * len(layers) // 3]] if len(layers) > 2 else list(layers)
+def inner(layers: Sequence[int]) -> list[int]:
+    """Two of the few layers, neither the first nor the last: for what costs dozens of passes a layer."""
+    return evenly(layers, FEW)[1:3] if len(layers) > 2 else list(layers)
+
+
+def _few(of: Inputs) -> list[int]:
+    return evenly([tap.layer for tap in choose_layers(of.work.model, of.layers)], FEW)
 
 
 def _cut(of: Inputs) -> list[int]:
-    return _third([tap.layer for tap in choose_layers(of.work.model, of.layers)])
+    return inner([tap.layer for tap in choose_layers(of.work.model, of.layers)])
 
 
 def _sets(of: Inputs) -> dict[str, dict[int, list[int]]] | None:
@@ -220,7 +225,7 @@ ANALYSES: Mapping[str, Analysis] = {
         ),
         lambda layers, settings, _: (
             rank_probes(layers, settings.seed, settings.budget)
-            | contraction_probes(layers, _third([ffn.layer for ffn in layers]), budget=None)
+            | contraction_probes(layers, inner([ffn.layer for ffn in layers]), budget=None)
         ),
         _no_loss,
         _one_document,
@@ -244,7 +249,7 @@ ANALYSES: Mapping[str, Analysis] = {
     ),
     "knockout": Analysis(
         Knockout,
-        lambda of: knockout(*of.measured, _sets(of), held_out=_held_out(of.work.tokens), **of.streamed),
+        lambda of: knockout(*of.measured, _sets(of), held_out=_held_out(of.work.tokens), draws=2, **of.streamed),
         lambda layers, *_: knockout_probes(layers),
         _no_loss,
         _one_document,
@@ -252,19 +257,18 @@ ANALYSES: Mapping[str, Analysis] = {
     ),
     "quantization": Analysis(
         Quantization,
-        lambda of: quantization(*of.measured, **of.streamed),
-        lambda layers, settings, _: quantization_probes(
-            layers if settings.layers is not None else evenly(layers, SPREAD), seed=settings.seed
-        ),
+        lambda of: quantization(*of.measured, **of.streamed | {"layers": _few(of)}, sample=SAMPLED),
+        lambda layers, settings, _: quantization_probes(evenly(layers, FEW), SAMPLED, settings.seed),
         too_little=_few_tokens,
-        most_layers=SPREAD,
+        most_layers=FEW,
     ),
     "experts": Analysis(
         Experts,
-        lambda of: experts(*of.measured, loss_tokens=HELD_OUT, **of.streamed),
-        lambda layers, settings, _: expert_probes(layers, seed=settings.seed),
+        lambda of: experts(*of.measured, loss_tokens=HELD_OUT, draws=1, **of.streamed | {"layers": _few(of)}),
+        lambda layers, settings, _: expert_probes(evenly(layers, FEW), seed=settings.seed),
         _no_loss,
         _one_document,
+        most_layers=FEW,
     ),
     "attention_share": Analysis(
         AttentionShare,

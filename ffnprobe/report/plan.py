@@ -29,13 +29,11 @@ from ..shards import Work, entry, merge, named, read_pilot, shard_path, size_of,
 from ..statistics import Statistic
 from ..stream import Pilot, choose_layers, collect_rows
 from ..tensors import write_tensors
-from .analyses import ANALYSES, measure
+from .analyses import ANALYSES, inner, measure
 from .build import about_of, draw, work_of
 from .settings import Settings
 
 log = logging.getLogger(__name__)
-
-LAYERS = 2  # that are analysed to time the analyses
 
 Say = Callable[[str], None]
 
@@ -141,7 +139,7 @@ def plan_report(
     seconds["pass"] = min(rounds * sizes[0], sum(sizes)) * a_sequence
     seconds["files"] = rounds * (begin + write) + begin + len(sizes) * add + write
 
-    chosen = layers if len(layers) <= LAYERS else [layers[len(layers) // 3], layers[2 * len(layers) // 3]]
+    chosen = inner(layers)
     say(f"timing the analysis of layers {' and '.join(map(str, chosen))}")
     share = len(layers) / len(chosen)
     with tempfile.TemporaryDirectory(prefix=".ffnprobe-plan-", dir=folder) as name:
