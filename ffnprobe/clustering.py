@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.cluster import AgglomerativeClustering
 from sklearn.manifold import spectral_embedding
 from torch import Tensor
 
@@ -137,13 +137,17 @@ def _balance(unit: Float[Tensor, "n d"], k: int, start: Clustering, signed: bool
 
 
 def spectral(similarity: Float[Tensor, "n n"], k: int, seeds: Sequence[int] = (0,)) -> list[Clustering]:
-    """Clusters of the graph whose weights are the similarities above 0 (Ng, Jordan & Weiss 2001)."""
+    """Clusters of the graph whose weights are the similarities above 0 (Ng, Jordan & Weiss 2001).
+
+    Each row of the k leading eigenvectors is brought to unit length, and the rows are clustered by `restarts`;
+    scikit-learn's KMeans waits for its own threads where the cores are shared.
+    """
     _check(len(similarity), k)
     # a trace of every edge: a graph in several pieces has no unique embedding
     graph = (similarity.clamp(min=0) + 1e-6).double().cpu().numpy()
     place = spectral_embedding(graph, n_components=k, drop_first=False, random_state=0)
-    runs = [KMeans(k, n_init=1, random_state=seed).fit(place) for seed in seeds]
-    return [Clustering(torch.from_numpy(run.labels_).long(), -float(run.inertia_)) for run in runs]
+    runs = restarts(torch.from_numpy(place).float(), k, seeds)
+    return [Clustering(run.labels, run.fit) for run in runs]  # centres of the embedding are none of the rows
 
 
 def agglomerative(similarity: Float[Tensor, "n n"], k: int) -> Clustering:

@@ -18,6 +18,7 @@ from ffnprobe.cli import main, parse_layers, parse_size
 from ffnprobe.errors import InputError
 from ffnprobe.family import MEMBERS
 from ffnprobe.report.analyses import ANALYSES
+from ffnprobe.report.build import FAMILY
 
 FEW = ("--only", "hidden_rank,memories")
 
@@ -85,7 +86,7 @@ def test_a_report_on_a_tiny_model_shows_its_family(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, complained = run("report", "tiny-x4", "--tokens", "1024", "--only", "weight_rank", "--out", "run")
     assert code == 0, complained
-    names = {"weight_rank", "expansion", "expansion_fits", "claims_family", "quantization_family", "recall"}
+    names = {"weight_rank", *(kind.name for kind in FAMILY.values())}
     assert {path.stem for path in Path("run/tables").iterdir()} == {"claims", *names}
     family = pd.read_parquet("run/tables/expansion.parquet")
     assert set(family.model) == set(MEMBERS) and set(family.state) == set(STATES)

@@ -177,6 +177,8 @@ def attention_share(
     fixed), before a multiplier or a cap of all logits. In the loss, ordinary tokens get the mean of what is
     written there, before such a norm. interaction = both - (FFN + attention): above 0 the two are redundant,
     because losing both costs more than the sum; below 0 synergetic, because one is worth more beside the other.
+    Where one alone costs almost all that a loss can, as the FFN of layer 0 often does, there is little left for
+    both to add: then it is below 0 for that reason.
 
     Norms, logits and means are of sequences spread over all but the tokens that are held out for the loss.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..analyzers.claims import claims
 from ..analyzers.claims_family import ClaimsFamily
+from ..analyzers.contraction_family import ContractionFamily
 from ..analyzers.expansion import Expansion
 from ..analyzers.expansion_fits import ExpansionFits
 from ..analyzers.hidden_rank import check_documents
@@ -40,6 +41,7 @@ FAMILY: dict[str, type[Result]] = {
     "expansion-tiny": Expansion,
     "expansion_fits-tiny": ExpansionFits,
     "claims_family-tiny": ClaimsFamily,
+    "contraction_family-tiny": ContractionFamily,
     "quantization_family-tiny": QuantizationFamily,
     "recall-planted": Recall,
 }

@@ -101,10 +101,8 @@ def test_gaussian_neurons_have_no_groups_that_last_agree_or_stand_apart(algorith
     judge = Judge(range(2), 20, 0)
     views = (of_weights(gaussian(600, 400, seed=seed), True) for seed in (1, 2))
     one, other = (judge.quality(view, 16, algorithm) for view in views)
-    if algorithm in ("spherical", "balanced"):
+    if algorithm in ("spherical", "balanced"):  # the seeds of spectral share one embedding: its null is not 0
         assert abs(one.stability) < 0.05
-    elif algorithm == "spectral":  # its seeds share one embedding: what they agree by is the null's, not 0
-        assert one.stability == pytest.approx(other.stability, abs=0.1)
     assert abs(adjusted_rand_score(one.labels.numpy(), other.labels.numpy())) < 0.05
     assert abs(agreement(one.labels, other.labels, 20, torch.Generator()).ami) < 0.05
     assert abs(one.silhouette) < 0.05
