@@ -66,7 +66,7 @@ from .settings import Settings
 
 HELD_OUT = 512  # tokens on which losses are compared; the scripts of analyses/ take more
 SAMPLED = 2048  # tokens of each half of the documents on which codes are compared
-FEW = 4  # layers of what takes a minute a layer
+FEW = 5  # layers of what takes a minute a layer
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _no_shares(model: Model) -> str | None:
 
 def inner(layers: Sequence[int]) -> list[int]:
     """Two of the few layers, neither the first nor the last: for what costs dozens of passes a layer."""
-    return evenly(layers, FEW)[1:3] if len(layers) > 2 else list(layers)
+    return evenly(layers, FEW)[1::2] if len(layers) > 2 else list(layers)
 
 
 def _few(of: Inputs) -> list[int]:
@@ -203,7 +203,7 @@ ANALYSES: Mapping[str, Analysis] = {
     "nonlinearity": Analysis(
         Nonlinearity,
         lambda of: nonlinearity(
-            *of.measured, budget=of.settings.budget, loss_tokens=_losses(of), loss_layers=4, **of.streamed
+            *of.measured, budget=of.settings.budget, loss_tokens=2 * _losses(of), loss_layers=6, **of.streamed
         ),
         lambda layers, settings, _: affine_probes(layers, settings.seed, settings.budget),
         uses=("hidden_rank",),
@@ -237,7 +237,9 @@ ANALYSES: Mapping[str, Analysis] = {
         lambda layers, *_: memory_probes(layers),
         why_illegible,
     ),
-    "memory_use": Analysis(MemoryUse, lambda of: memory_use(*of.measured, **of.collecting), why_not=why_illegible),
+    "memory_use": Analysis(
+        MemoryUse, lambda of: memory_use(*of.measured, sample=512, **of.collecting), why_not=why_illegible
+    ),
     "neuron_roles": Analysis(
         NeuronRoles,
         lambda of: neuron_roles(*of.measured, **of.streamed),
@@ -272,7 +274,7 @@ ANALYSES: Mapping[str, Analysis] = {
     ),
     "attention_share": Analysis(
         AttentionShare,
-        lambda of: attention_share(*of.measured, held_out=_held_out(of.work.tokens), **of.collecting),
+        lambda of: attention_share(*of.measured, held_out=_held_out(of.work.tokens), sample=2048, **of.collecting),
         why_not=_no_shares,
         too_little=_one_document,
     ),
