@@ -9,4 +9,5 @@ from ffnprobe import knockout
 
 options = arguments(__doc__)
 model, tokens = load(options)
-save(knockout(model, tokens, layers=options.layers, seed=options.seed), options)
+held_out = min(2048, options.tokens // 2)
+save(knockout(model, tokens, layers=options.layers, held_out=held_out, seed=options.seed), options)

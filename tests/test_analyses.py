@@ -29,6 +29,7 @@ def run(monkeypatch):
     return call
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s.name not in OWN], ids=lambda path: path.stem)
 def test_the_script_draws_its_figure_and_saves_its_table(script, run, folder_of, tmp_path, capsys):
     run(script, str(folder_of("gpt2")), "--layers", "0-2", "--tokens", "512", "--out", str(tmp_path))
@@ -42,6 +43,7 @@ def test_a_layer_that_is_not_there_is_said(run, folder_of, tmp_path):
         run(ANALYSES / "plot_weight_rank.py", str(folder_of("gpt2")), "--layers", "9", "--out", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_family_is_drawn_from_two_models_and_a_corpus(run, tmp_path, capsys):
     models, corpus = ("tiny-x4", "tiny-x0.5"), str(ANALYSES.parent / "data/tiny/heldout.jsonl")
     run(ANALYSES / "plot_expansion.py", *models, "--corpus", corpus, "--tokens", "1024", "--out", str(tmp_path))
@@ -51,6 +53,7 @@ def test_the_family_is_drawn_from_two_models_and_a_corpus(run, tmp_path, capsys)
     assert "8 times the width multiplies the soft rank" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_codes_of_a_family_are_drawn_from_two_models(run, tmp_path, capsys):
     models = ("tiny-x1", "tiny-x0.5")
     run(ANALYSES / "plot_quantization_family.py", *models, "--tokens", "512", "--out", str(tmp_path))
@@ -59,6 +62,7 @@ def test_codes_of_a_family_are_drawn_from_two_models(run, tmp_path, capsys):
     assert "lost to d_mlp codewords of x" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_claims_of_the_family_are_drawn_from_two_models(run, tmp_path, capsys):
     models, corpus = ("tiny-x1", "tiny-x0.5"), str(ANALYSES.parent / "data/tiny/heldout.jsonl")
     run(
@@ -70,6 +74,7 @@ def test_the_claims_of_the_family_are_drawn_from_two_models(run, tmp_path, capsy
     assert "expansion 0.5 to 1: R² of y" in said and "before training" in said and "claim 6, " in said
 
 
+@pytest.mark.slow
 def test_contraction_is_drawn_of_two_models_and_a_corpus(run, tmp_path, capsys):
     corpus = str(ANALYSES.parent / "data/tiny/heldout.jsonl")
     options = ("--corpus", corpus, "--tokens", "1024", "--layers", "1", "--out", str(tmp_path))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 SHARDS = 16
 COMMAND = [sys.executable, "-c", "from ffnprobe.cli import main; main()", "--threads", "1", "report"]
-OPTIONS = ["--tokens", "4096", "--shard", "256", "--batch", "1"]
+OPTIONS = ["--tokens", "4096", "--shard", "256", "--batch", "1", "--only", "hidden_rank,memories"]
 
 
 def start(folder: Path, out: Path, *more: str, launcher: tuple[str, ...] = (), **environment: str):

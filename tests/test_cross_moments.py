@@ -1,10 +1,9 @@
-"""Moments across sites, products of components, and a sample: each against its slow reference."""
+"""Moments across sites, and products of components: each against its slow reference."""
 
 import pytest
 import torch
 
-from ffnprobe.statistics import CrossMoments, QuadraticMoments, Sample
-from ffnprobe.statistics.sample import hashed
+from ffnprobe.statistics import CrossMoments, QuadraticMoments
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,24 +59,3 @@ def test_products_of_what_never_varies_are_finite():
         quadratic = QuadraticMoments.about(pilot, d=3, k=2)
         quadratic.update(torch.ones(5, 4), torch.arange(5))
         assert torch.isfinite(quadratic.compute().covariance).all()
-
-
-def test_a_sample_is_the_rows_of_the_smallest_hashes_in_any_order():
-    x, at = gaussian(200, 3), torch.randperm(5000, generator=torch.Generator().manual_seed(1))[:200]
-    for order in (torch.arange(200), torch.arange(199, -1, -1)):
-        sample = Sample.about(x[:5], k=20, seed=3)
-        for rows in order.split(31):
-            sample.update(x[rows], at[rows])
-        assert torch.equal(sample.compute(), x[hashed(at, 3).argsort()[:20]])
-
-
-def test_every_token_is_as_likely_as_any_other_and_seeds_differ():
-    at = torch.arange(2000)
-    drawn = torch.stack([hashed(at, seed).argsort()[:200] for seed in range(200)])
-    counts = drawn.flatten().bincount(minlength=2000).double()
-    assert float(counts.mean()) == 20
-    # 200 draws of one token in ten: a binomial has a variance of 18
-    assert float(counts.var()) == pytest.approx(18, rel=0.1)
-    halves = drawn.double().mean(1)  # no place in the corpus is preferred
-    assert float(halves.mean()) == pytest.approx(1000, abs=4 * 577 / 200)
-    assert len(hashed(torch.arange(100_000) * 7919, 5).unique()) == 100_000

@@ -228,7 +228,7 @@ def test_every_number_is_its_slow_count(architecture, model_of, tokens):
 def test_moments_are_those_of_the_whole_product_whatever_the_tiles(monkeypatch):
     rows, values = gaussian(300, 12).exp(), gaussian(7, 12, seed=1)
     whole = Vocabulary.of(rows).spread(values)
-    monkeypatch.setattr("ffnprobe.analyzers.vocabulary.TILE", 5)
+    monkeypatch.setattr("ffnprobe.analyzers.vocabulary_moments.TILE", 5)
     for one, other in zip(whole, Vocabulary.of(rows).spread(values), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

@@ -234,5 +234,5 @@ def test_the_loss_is_left_out_where_there_is_none(model_of, tokens):
     assert row.loss is None and row.loss_affine is None and row.r2 > 0
     gpt2 = model_of("gpt2")
     found = nonlinearity(gpt2, tokens(gpt2), layers=[0, 2], loss_layers=1)
-    assert [row.loss is None for row in found.rows] == [False, True] and found.settings["loss_layers"] == [0]
+    assert [row.loss is None for row in found.rows] == [True, False] and found.settings["loss_layers"] == [2]
     assert nonlinearity(gpt2, tokens(gpt2), layers=[0], loss_tokens=0).rows[0].loss is None
