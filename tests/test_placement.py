@@ -22,6 +22,8 @@ from ffnprobe.shards import Work
 from ffnprobe.statistics import CoActivation, FiringRate, Marginals, Moments, SketchedMoments, TopActivations
 from ffnprobe.stream import Probe, capture, collect
 
+pytestmark = pytest.mark.slow  # a quarter of a minute
+
 HALF = (torch.bfloat16, torch.float16)
 FolderOf = Callable[[str], Path]
 both = pytest.mark.parametrize("architecture", ["gpt2", "llama"])

@@ -21,6 +21,8 @@ from ffnprobe.analyzers.expansion_controls import MATCHED, RANDOM, TRAINED
 from ffnprobe.corpus import Corpus, load_corpus
 from ffnprobe.errors import InputError, ModelRefused
 
+pytestmark = pytest.mark.slow  # a quarter of a minute
+
 SCRIPT = Path(__file__).parents[1] / "analyses" / "public_expansion.py"
 WIDTHS = (16, 24, 32, 48, 64, 80)  # six: the rules are applied
 DOCUMENTS = 24

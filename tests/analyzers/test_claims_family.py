@@ -8,6 +8,8 @@ from ffnprobe.family import MEMBERS
 from ffnprobe.models import tokenizer_of
 from ffnprobe.shipped import shipped
 
+pytestmark = pytest.mark.slow  # a quarter of a minute
+
 
 @pytest.fixture(scope="module")
 def corpus():

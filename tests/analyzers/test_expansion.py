@@ -27,6 +27,8 @@ from ffnprobe.shipped import shipped
 from ffnprobe.statistics import Moments
 from ffnprobe.stream import capture
 
+pytestmark = pytest.mark.slow  # a quarter of a minute
+
 NAMES = ("tiny-x0.5", "tiny-x2", "tiny-swiglu-x1")
 TOKENS = 2048
 
