@@ -42,6 +42,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/executors.py
 	$(BIN)/python benchmarks/clustering.py
+	$(BIN)/python benchmarks/reading.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
