@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from warnings import catch_warnings, simplefilter
 
 import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 HELD = 64 * 2**20  # entries of a table of distances held at once
@@ -107,7 +109,10 @@ def kmeans(
             new = rows[torch.multinomial(weight, some, generator=generator).to(rows.device)]
             centres = torch.cat([centres, new])
             distance = torch.minimum(distance, nearest(rows, new)[1])
-        fitted = KMeans(k, init=centres.cpu().numpy(), n_init=1, max_iter=iterations, random_state=seed).fit(data)
+        means = KMeans(k, init=centres.cpu().numpy(), n_init=1, max_iter=iterations, random_state=seed)
+        with catch_warnings():
+            simplefilter("ignore", ConvergenceWarning)  # equal rows share a centre: it is counted as dead
+            fitted = means.fit(data)
         centres = torch.from_numpy(fitted.cluster_centers_).to(rows)
         distance = nearest(rows, centres)[1]
         yield centres + shift
