@@ -230,6 +230,7 @@ ANALYSES: Mapping[str, Analysis] = {
         _no_loss,
         _one_document,
         uses=("hidden_rank",),
+        most_layers=2,
     ),
     "memories": Analysis(
         Memories,
@@ -288,6 +289,7 @@ ANALYSES: Mapping[str, Analysis] = {
         NeuronClusters,
         lambda of: neuron_clusters(*of.measured, **of.streamed),
         lambda layers, settings, _: cluster_probes(layers, seed=settings.seed),
+        most_layers=4,  # most of its time goes into a few layers, by which the rest is set
     ),
 }
 
