@@ -33,7 +33,7 @@ class Row:
     text: str = column("", "the claim")
     analyzer: str = column("", "that measured it")
     verdict: str = column("", "supported, mixed or not supported, by the rule")
-    rule: str = column("", "fixed before the numbers were seen")
+    rule: str = column("", "as it stands in the code; it says so if it was set after numbers were seen")
     measured: str = column("", "the numbers that decide, each beside its null")
     against: str = column("", "the strongest published evidence against the claim")
 
