@@ -75,6 +75,16 @@ def left_behind(process: subprocess.Popen) -> list[str]:
     return found
 
 
+def deaf_to_ctrl_c(process: subprocess.Popen) -> list[bool]:
+    """Of every worker of the command: whether it blocks SIGINT."""
+    found = []
+    for folder in (Path("/proc") / pid for pid in left_behind(process)):
+        if b"spawn_main" in (folder / "cmdline").read_bytes():
+            blocked = re.search(r"SigBlk:\s+(\w+)", (folder / "status").read_text())
+            found.append(bool(int(blocked[1], 16) >> signal.SIGINT - 1 & 1))
+    return found
+
+
 @pytest.fixture(scope="module")
 def model(folder_of):
     return folder_of("llama")
@@ -144,7 +154,8 @@ def test_a_signal_ends_every_process_and_says_how_to_go_on(executor, number, cod
     if moment == "at work":
         wait_for(lambda: list((tmp_path / "shards").glob("s-*")), process)
     elif executor == "process":
-        wait_for(lambda: len(left_behind(process)) > 2, process)  # workers that are still importing
+        wait_for(lambda: deaf_to_ctrl_c(process), process)  # workers that are still importing
+        assert all(deaf_to_ctrl_c(process))
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
     else:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
@@ -98,6 +99,7 @@ def _undisturbed() -> Iterator[None]:
     handlers: dict[int, Any] = {
         n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)
     }
+    resource_tracker.ensure_running()  # its start, else part of the first worker's, unblocks SIGINT at its end
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
