@@ -57,18 +57,22 @@ class Activations:
 
 @dataclass(frozen=True)
 class Probe:
-    """One statistic of one site of one layer: which tokens it sees, and what of them.
+    """One statistic of one site of one layer, or of several sites: which tokens it sees, and what of them.
 
-    `make` builds the statistic from a pilot sample of what it will see; `of` maps the site's rows to what
-    is measured; `block` (i, n) restricts it to every n-th document, from the i-th on.
+    `make` builds the statistic from a pilot sample of what it will see; `of` maps the rows of the sites, each an
+    argument, to what is measured; `block` (i, n) restricts it to every n-th document, from the i-th on.
     """
 
     layer: int
-    site: str
+    site: str | tuple[str, ...]
     make: Callable[[Float[Tensor, "n width"]], Statistic]
-    of: Callable[[Float[Tensor, "n width"]], Float[Tensor, "n other"]] = lambda x: x  # one object, one computation
+    of: Callable[..., Float[Tensor, "n other"]] = lambda x: x  # one object, one computation
     kinds: tuple[str, ...] = ("kept",)
     block: tuple[int, int] | None = None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return (self.site,) if isinstance(self.site, str) else self.site
 
 
 def capture(
@@ -154,10 +158,10 @@ def counting(probes: Mapping[str, Probe], nonfinite: str) -> dict[str, Probe]:
     """The probes, and where non-finite tokens are skipped a count of them for each layer."""
     if nonfinite not in NONFINITE:
         raise InputError(f"nonfinite {nonfinite!r} is unknown: choose from {', '.join(NONFINITE)}")
-    layers = {probe.layer: probe.site for probe in probes.values()} if nonfinite == "skip" else {}
+    layers = {probe.layer: probe.sites for probe in probes.values()} if nonfinite == "skip" else {}
     return {**probes} | {
-        f"nonfinite/{layer}": Probe(layer, site, Count.about, kinds=("nonfinite",))
-        for layer, site in layers.items()
+        f"nonfinite/{layer}": Probe(layer, sites[0], Count.about, kinds=("nonfinite",))
+        for layer, sites in layers.items()
     }
 
 
@@ -173,12 +177,12 @@ def pilot(
     by_layer = _by_layer(probes)
     chosen = choose_layers(model, sorted(by_layer))
     for tap in chosen:
-        _check_sites([probe.site for _, probe in by_layer[tap.layer]], [tap])
+        _check_sites([site for _, probe in by_layer[tap.layer] for site in probe.sites], [tap])
     starts: dict[str, Statistic] = {}
 
     def set_up(tap: Tap, read: dict[str, Tensor], ordinary: Tensor) -> None:
         for name, probe in by_layer[tap.layer]:
-            starts[name] = probe.make(probe.of(read[probe.site][ordinary]))
+            starts[name] = probe.make(probe.of(*(read[site][ordinary] for site in probe.sites)))
 
     sinks = find_sinks(model, tokens, chosen, sink_factor, nonfinite, set_up)
     return Pilot(sinks, starts)
@@ -204,16 +208,18 @@ def collect_rows(
 
         def feed(tap: Tap, read: dict[str, Tensor], some=some) -> None:
             wanted = groups[tap.layer]
-            seen = _activations(tap, read, {site for site, *_ in wanted}, some, tokens, start.sinks, nonfinite)
-            for (site, of, kinds, block), names in wanted.items():
+            read_from = {site for sites, *_ in wanted for site in sites}
+            seen = _activations(tap, read, read_from, some, tokens, start.sinks, nonfinite)
+            for (sites, of, kinds, block), names in wanted.items():
                 use = torch.isin(seen.kind, torch.tensor([KINDS.index(kind) for kind in kinds]))
                 if block is not None:
                     use &= document[seen.at] % block[1] == block[0]
-                x, at = seen.sites[site], seen.at
+                rows, at = [seen.sites[site] for site in sites], seen.at
                 if not use.all():
                     row = use.nonzero().squeeze(1)
-                    x, at = x.index_select(0, row.to(x.device)), at[row]
-                x, at = of(x), at.to(x.device)
+                    rows, at = [x.index_select(0, row.to(x.device)) for x in rows], at[row]
+                x = of(*rows)
+                at = at.to(x.device)
                 for name in names:
                     statistics[name].update(x, at)
 
@@ -229,7 +235,7 @@ def _groups(probes: Mapping[str, Probe]) -> dict[int, dict[tuple, list[str]]]:
     for layer, wanted in _by_layer(probes).items():
         groups[layer] = {}
         for name, probe in wanted:
-            groups[layer].setdefault((probe.site, probe.of, probe.kinds, probe.block), []).append(name)
+            groups[layer].setdefault((probe.sites, probe.of, probe.kinds, probe.block), []).append(name)
     return groups
 
 

@@ -21,23 +21,25 @@ from .rank_probes import probes as rank_probes
 
 RANDOM = 128  # random neurons of the null
 HALVES = (0, 1)  # even and odd documents
+SITES = ("in", "post", "out")
 
 
 @dataclass(frozen=True)
 class Beside:
-    """x -> [x | h of some neurons, each weighed by its gauge | y unless h is whole | h of random neurons].
-
-    h is a function of x, so the layer is run once more: a statistic sees the rows of one site.
-    """
+    """x, h, y -> [x | h of some neurons, each weighed by its gauge | y unless h is whole | h of random neurons]."""
 
     ffn: FFN
     neurons: int
     seed: int
 
-    def __call__(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n width"]:
-        hidden = self.ffn.hidden(x)
+    def __call__(
+        self,
+        x: Float[Tensor, "n d_model"],
+        hidden: Float[Tensor, "n d_mlp"],
+        y: Float[Tensor, "n d_model"],
+    ) -> Float[Tensor, "n width"]:
         parts = [x, (hidden if self.whole else hidden[:, self.chosen.to(x.device)]) * self._gauge.to(x.device)]
-        parts += [] if self.whole else [self.ffn.write(hidden)]
+        parts += [] if self.whole else [y]
         return torch.cat([*parts, self.random.hidden(x)], dim=1)
 
     @property
@@ -90,14 +92,8 @@ class Beside:
         return slice(start, start + len(self.random_like))
 
 
-@dataclass(frozen=True)
-class Written:
-    """x -> [x | y]."""
-
-    ffn: FFN
-
-    def __call__(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n width"]:
-        return torch.cat([x, self.ffn.write(self.ffn.hidden(x))], dim=1)
+def _side_by_side(x: Float[Tensor, "n d_model"], y: Float[Tensor, "n d_model"]) -> Float[Tensor, "n width"]:
+    return torch.cat([x, y], dim=1)
 
 
 def besides(layers: Sequence[FFN], seed: int, budget: int) -> list[Beside]:
@@ -155,10 +151,10 @@ def probes(layers: Sequence[FFN], seed: int = 0, budget: int = BUDGET) -> dict[s
     for beside in besides(layers, seed, budget):
         ffn = beside.ffn
         own, cross = f"nonlinearity/{ffn.layer}", partial(CrossMoments.about, d=ffn.d_model)
-        apart = Probe(ffn.layer, "in", cross, of=Written(ffn), kinds=("sink", "special"))
+        apart = Probe(ffn.layer, ("in", "out"), cross, of=_side_by_side, kinds=("sink", "special"))
         for half in HALVES:
             block = (half, 2)
-            wanted[f"{own}/hidden/{half}"] = Probe(ffn.layer, "in", cross, of=beside, block=block)
+            wanted[f"{own}/hidden/{half}"] = Probe(ffn.layer, SITES, cross, of=beside, block=block)
             wanted[f"{own}/apart/{half}"] = replace(apart, block=block)
             of_x = Probe(ffn.layer, "in", Moments.about, kinds=("sink", "special"), block=block)
             wanted[f"{own}/apart_in/{half}"] = of_x

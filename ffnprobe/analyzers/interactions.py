@@ -20,7 +20,7 @@ from ..regression import HeldOut, Paired, cross_fitted
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import QuadraticMoments, Sample
 from ..stream import Probe, choose_layers, collect, settings_of
-from .affine_probes import HALVES, Beside, besides, ordinary, written
+from .affine_probes import HALVES, SITES, Beside, besides, ordinary, written
 from .affine_probes import probes as affine_probes
 from .bilinear import bilinear
 from .hidden_rank import check_documents
@@ -170,8 +170,8 @@ RULE = (
     "random weights; mixed if only one holds"
 )
 AGAINST = (
-    "First-order approximations predict most effects of a feature (attribution patching, Syed et al. 2023; sparse "
-    "feature circuits, Marks et al. 2024), and any nonlinear layer, random ones too, lets features interact."
+    "First-order effects alone find circuits better than exact patching did (attribution patching, Syed et al. "
+    "2023), and any nonlinear layer, random ones too, lets features interact."
 )
 
 
@@ -182,7 +182,7 @@ def probes(layers: Sequence[FFN], seed: int = 0, budget: int = BUDGET, component
         ffn = beside.ffn
         make = partial(QuadraticMoments.about, d=ffn.d_model, k=components)
         for half in HALVES:
-            products = Probe(ffn.layer, "in", make, of=beside, block=(half, 2))
+            products = Probe(ffn.layer, SITES, make, of=beside, block=(half, 2))
             wanted[f"interactions/{ffn.layer}/products/{half}"] = products
         wanted[f"interactions/{ffn.layer}/in"] = Probe(
             ffn.layer, "in", partial(Sample.about, k=SAMPLED, seed=seed)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..clustering import spherical_kmeans
+from ..clustering import balanced
 from ..ffn import FFN
 
 
@@ -53,33 +52,13 @@ class Partition:
         return sums / torch.bincount(self.labels).to(sums)
 
 
-def equal_clusters(rows: Float[Tensor, "n d"], k: int, seed: int = 0) -> Int[Tensor, " n"]:
-    """Clusters of n // k rows, or one more: k-means on directions, then the best assignment to its centres.
-
-    Raises:
-        ValueError: k is not in [1, n].
-
-    >>> equal_clusters(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]]), 2).bincount().tolist()
-    [2, 2]
-    """
-    labels, _ = spherical_kmeans(rows, k, seed=seed)
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    centres = torch.zeros(k, rows.shape[1]).to(unit).index_add_(0, labels, unit)
-    places = torch.arange(k).repeat_interleave(
-        torch.tensor([len(part) for part in torch.arange(len(rows)).tensor_split(k)])
-    )
-    cosine = (unit @ torch.nn.functional.normalize(centres, dim=1).mT)[:, places]
-    _, column = linear_sum_assignment(cosine.double().numpy(), maximize=True)
-    return places[torch.from_numpy(column)]
-
-
 def partitions(
     ffn: FFN, mean: Float[Tensor, " d_mlp"], experts: int, draws: int, seed: int
 ) -> dict[tuple[str, int], Partition]:
     """Clusters of what reads (gates if gated, else keys), random parts of the same sizes, and single neurons."""
     wide = ffn.wide()
     reading = wide.keys if wide.gates is None else wide.gates
-    clusters = equal_clusters(reading.detach().cpu(), experts, seed)
+    clusters = balanced(reading.detach().cpu(), experts, [seed])[0].labels
     generator = torch.Generator().manual_seed(1_000_003 * seed + ffn.layer)
     labels = {("clusters", 0): clusters, ("neurons", 0): torch.arange(ffn.d_mlp)}
     for draw in range(draws):

@@ -23,7 +23,6 @@ from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
 from ..errors import InputError
 from ..executors import Executor
 from ..family import MEMBERS
-from ..figure import save_figure
 from ..models import context_length, describe, ffns, load_model, tokenizer_of
 from ..result import Result
 from ..run import note, read_run, run
@@ -33,6 +32,7 @@ from ..statistics import Count, Statistic
 from ..stream import Probe, choose_layers
 from .analyses import ANALYSES, analyses_of, measure
 from .card import NeuronCard
+from .embed import Drawing
 from .page import About, top_findings, write_page
 from .settings import Settings
 
@@ -153,10 +153,11 @@ def draw(folder: Path, about: About, results: Sequence[Result]) -> None:
     """Write the answers to the six claims, the figures and the page."""
     answered = claims(results)
     answered.save(answered.path(folder / "tables"))
-    for result in (*results, answered):
-        save_figure(result.plot(), folder / "figures" / result.name)
+    drawings = {result.name: Drawing.of(result.plot()) for result in (*results, answered)}
+    for name, drawing in drawings.items():
+        drawing.save(folder / "figures" / name)
     neurons = [neuron for result in results if isinstance(result, Memories) for neuron in cards(result.rows)]
-    write_page(folder / "report.html", about, results, neurons)
+    write_page(folder / "report.html", about, results, neurons, drawings)
 
 
 def _say_skipped(statistics: Mapping[str, Statistic], say: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from hashlib import sha256
 from importlib.resources import files
@@ -18,7 +18,7 @@ from ..analyzers.claims import CLAIMS, RULE, claims
 from ..disk import atomic_write
 from ..result import Result
 from .card import NeuronCard
-from .embed import data_url, describe
+from .embed import Drawing
 from .show import show, show_column
 
 LONGEST_TABLE = 200  # rows; a longer one is for a data frame
@@ -37,8 +37,17 @@ class About(TypedDict):
     versions: dict[str, str]
 
 
-def render(about: About, results: Sequence[Result], neurons: Sequence[NeuronCard] = ()) -> str:
-    """The whole page. Results and their findings stand in the order given; the first ones lead the page."""
+def render(
+    about: About,
+    results: Sequence[Result],
+    neurons: Sequence[NeuronCard] = (),
+    drawings: Mapping[str, Drawing] = {},
+) -> str:
+    """The whole page. Results and their findings stand in the order given; the first ones lead the page.
+
+    Args:
+        drawings: by the names of the results; what is not there is drawn.
+    """
     style, script = _file("page.css"), _file("page.js")
     answered = claims(results)
     template = Environment(
@@ -49,7 +58,7 @@ def render(about: About, results: Sequence[Result], neurons: Sequence[NeuronCard
         telling=top_findings(results),
         claims=[(text, answered.overall(n), answered.claim(n)) for n, text in enumerate(CLAIMS, start=1)],
         overall_rule=RULE,
-        sections=[_section(result) for result in results],
+        sections=[_section(result, drawings.get(result.name) or Drawing.of(result.plot())) for result in results],
         neurons=len(neurons),
         neuron_data=_script_json(_lines(neurons)),
         style=style,
@@ -60,10 +69,14 @@ def render(about: About, results: Sequence[Result], neurons: Sequence[NeuronCard
 
 
 def write_page(
-    path: str | Path, about: About, results: Sequence[Result], neurons: Sequence[NeuronCard] = ()
+    path: str | Path,
+    about: About,
+    results: Sequence[Result],
+    neurons: Sequence[NeuronCard] = (),
+    drawings: Mapping[str, Drawing] = {},
 ) -> Path:
     """Render the page to a file."""
-    page = render(about, results, neurons).encode()
+    page = render(about, results, neurons, drawings).encode()
     return atomic_write(path, lambda file: file.write_bytes(page))
 
 
@@ -73,8 +86,8 @@ def top_findings(results: Iterable[Result], n: int = 3) -> list[str]:
     return [finding for finding in in_turn if finding is not None][:n]
 
 
-def _section(result: Result) -> dict[str, Any]:
-    findings, figure = result.findings(), result.plot()
+def _section(result: Result, drawing: Drawing) -> dict[str, Any]:
+    findings = result.findings()
     short = len(result.rows) <= LONGEST_TABLE
     columns = []
     for f in fields(result.row_type):
@@ -86,8 +99,8 @@ def _section(result: Result) -> dict[str, Any]:
     return {
         "result": result,
         "findings": findings,
-        "image": data_url(figure),
-        "alt": " ".join([f"Figure: {describe(figure)}.", *findings[:1]]),
+        "image": drawing.url(),
+        "alt": " ".join([f"Figure: {drawing.alt}.", *findings[:1]]),
         "columns": columns,
         "short": short,
     }

@@ -6,7 +6,7 @@ import torch
 from ffnprobe import capture, experts, ffns
 from ffnprobe.analyzers.experts import Experts
 from ffnprobe.analyzers.kept_experts import CLUSTERS, NEURONS, ORACLE, RANDOM, ROUTER, every_other
-from ffnprobe.analyzers.partition import Partition, equal_clusters, partitions
+from ffnprobe.analyzers.partition import Partition, partitions
 from ffnprobe.corpus import Tokens
 from ffnprobe.errors import InputError, ModelRefused
 from ffnprobe.ffn import FFN
@@ -120,15 +120,9 @@ def test_single_neurons_are_scored_as_parts_of_one():
     assert torch.allclose(found[:, labels], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "k"), [(24, 6), (25, 6), (7, 7), (9, 1)])
-def test_clusters_are_equal_in_size_to_one(n, k):
-    sizes = equal_clusters(gaussian(n, 4), k).bincount(minlength=k)
-    assert sizes.sum() == n and sizes.max() - sizes.min() <= (n % k > 0)
-
-
 def test_planted_groups_are_the_clusters_whatever_their_order():
     ffn = planted_ffn()
-    labels = equal_clusters(ffn.keys, 6)
+    labels = partitions(ffn, torch.zeros(24), 6, 0, 0)["clusters", 0].labels
     together = (ffn.keys @ ffn.keys.T) > 0.5
     assert torch.equal(labels[:, None] == labels, together)
 

@@ -127,7 +127,8 @@ def test_some_of_the_neurons_do_where_memory_is_short(model, tokens):
     beside = Beside(layers[0], 10, 0)
     assert not beside.whole and len(beside.chosen.unique()) == 10
     x = torch.randn(6, layers[0].d_model)
-    row, hidden = beside(x), layers[0].hidden(x)
+    hidden = layers[0].hidden(x)
+    row = beside(x, hidden, layers[0].write(hidden))
     d = layers[0].d_model
     assert torch.allclose(row[:, d : d + 10], (hidden * layers[0].gauge)[:, beside.chosen])
     assert torch.allclose(row[:, d + 10 : 2 * d + 10], layers[0].write(hidden))
