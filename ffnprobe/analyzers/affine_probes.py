@@ -26,7 +26,7 @@ SITES = ("in", "post", "out")
 
 @dataclass(frozen=True)
 class Beside:
-    """x, h, y -> [x | h of some neurons, each weighed by its gauge | y unless h is whole | h of random neurons]."""
+    """x, h, y -> [x | h of some neurons, each weighed by its gauge | y unless h is whole | h of random ones]."""
 
     ffn: FFN
     neurons: int
