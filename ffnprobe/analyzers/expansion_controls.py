@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from scipy.linalg import hadamard
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from .. import spectrum as sp
 from ..corpus import Tokens
 from ..family import MEMBERS, digest
 from ..ffn import ACTIVATIONS, FFN
 from ..hub import locate
+from ..intervene import predictable, token_losses
 from ..models import Model, ffns, load_model, plain, tokenizer_of
 from ..placement import input_device
 from ..statistics import Count, Moments
@@ -159,17 +159,8 @@ def subsets(
 @torch.inference_mode()
 def next_token_loss(model: Model, tokens: Tokens) -> float:
     """Mean cross-entropy of the tokens that follow another one of their document, nats."""
-    network: Any = plain(model)
-    total, n = 0.0, 0
-    for ids, document, special in zip(
-        tokens.ids.split(8), tokens.document.split(8), tokens.special.split(8), strict=True
-    ):
-        logits = network(input_ids=ids.to(input_device(network)), use_cache=False).logits[:, :-1].float()
-        counted = (document[:, 1:] == document[:, :-1]) & ~special[:, 1:]
-        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(logits.device), reduction="none")
-        total += float(losses[counted.to(logits.device)].double().sum())
-        n += int(counted.sum())
-    return total / n
+    each = torch.cat([token_losses(model, ids) for ids in tokens.ids.split(8)])
+    return float(each[predictable(tokens)].double().mean())
 
 
 def _training(spec: str | Path) -> dict[str, Any] | None:

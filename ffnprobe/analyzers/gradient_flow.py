@@ -23,7 +23,7 @@ from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Sample
 from ..stream import Probe, choose_layers, collect, settings_of
 from .gradient_passage import Passed, gradient_norms
-from .jacobian import exact, hutchinson
+from .jacobian import Exact, hutchinson, jacobian
 
 EXACT = 1024  # d_model up to which the Jacobian itself is made
 VECTORS = 64  # random ones beyond
@@ -251,12 +251,11 @@ def jacobian_numbers(ffn: FFN, x: Float[Tensor, "n d_model"], seed: int, most: i
             pairs = [hutchinson(layer, token, VECTORS, generator) for token in x]
             ranks, squares = torch.tensor(pairs, dtype=torch.float64).T
         else:
-            spectra = [exact(layer, token) for token in x]
-            ranks = torch.tensor([one.rank for one in spectra])
-            squares = torch.stack([one.singular.square().sum() for one in spectra])
-            found[f"condition{end}"] = median(one.condition for one in spectra)
+            each = [Exact(jacobian(layer, token)) for token in x]
+            ranks, squares = torch.tensor([(one.rank, one.gain) for one in each], dtype=torch.float64).T
+            found[f"condition{end}"] = median(one.condition for one in each)
             if not end:
-                mean = torch.stack([one.singular for one in spectra]).mean(0)
+                mean = torch.stack([one.singular for one in each]).mean(0)
                 found["singular_values"] = torch.quantile(mean, torch.tensor(QUANTILES).to(mean)).tolist()
         found[f"rank{end}"] = float(ranks.mean()) / ffn.d_model
         found[f"gain{end}"] = float((squares.mean() / ffn.d_model).sqrt())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..ffn import ACTIVATIONS, FFN
+
+SQUARED = 1e-6  # of a float64 matrix times its transpose, which is quicker than the SVD, so small a ratio is exact
 
 
 class Slopes(NamedTuple):
@@ -77,19 +81,38 @@ def hutchinson(
     return float(trace.mean() ** 2 / square.mean()), float(trace.mean())
 
 
-class Spectrum(NamedTuple):
-    """Of the Jacobian at one token."""
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """What J itself tells, in its own precision."""
 
-    rank: float  # PR(JJ')
-    singular: Float[Tensor, " d_model"]  # singular values of J, largest first
-    condition: float  # cond(I + J)
+    J: Float[Tensor, "d_model d_model"]
 
+    @cached_property
+    def gram(self) -> Float[Tensor, "d_model d_model"]:
+        """J J'."""
+        return self.J @ self.J.T
 
-def exact(ffn: FFN, x: Float[Tensor, " d_model"]) -> Spectrum:
-    """From J itself, in the precision of the layer."""
-    J = jacobian(ffn, x)
-    squares = torch.linalg.eigvalsh(J @ J.T).flip(0).clamp(min=0).double()
-    beside = torch.linalg.svdvals(J + torch.eye(len(J)).to(J))
-    # a layer that writes nothing has no direction
-    rank = float(squares.sum() ** 2 / squares.square().sum()) if squares.any() else 0.0
-    return Spectrum(rank, squares.sqrt(), float(beside[0] / beside[-1].clamp(min=1e-300)))
+    @property
+    def gain(self) -> float:
+        """|J|²."""
+        return float(self.gram.trace())
+
+    @property
+    def rank(self) -> float:
+        """PR(JJ') = |J|⁴ / |JJ'|²; 0 where a layer writes nothing, which has no direction."""
+        return self.gain**2 / float(self.gram.square().sum()) if self.gain else 0.0
+
+    @property
+    def singular(self) -> Float[Tensor, " d_model"]:
+        """Singular values of J, largest first."""
+        return torch.linalg.eigvalsh(self.gram).flip(0).clamp(min=0).sqrt()
+
+    @property
+    def condition(self) -> float:
+        """cond(I + J)."""
+        beside = self.J + torch.eye(len(self.J)).to(self.J)
+        squares = torch.linalg.eigvalsh(beside @ beside.T)
+        if squares[0] > SQUARED * squares[-1]:
+            return float((squares[-1] / squares[0]).sqrt())
+        singular = torch.linalg.svdvals(beside)
+        return float(singular[0] / singular[-1].clamp(min=1e-300))

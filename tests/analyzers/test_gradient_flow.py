@@ -8,8 +8,8 @@ from ffnprobe import spectrum as sp
 from ffnprobe.analyzers.gradient_flow import GradientFlow, jacobian_numbers
 from ffnprobe.analyzers.gradient_passage import gradient_norms
 from ffnprobe.analyzers.jacobian import (
+    Exact,
     backward_product,
-    exact,
     forward_product,
     hutchinson,
     jacobian,
@@ -52,22 +52,26 @@ def test_the_jacobian_is_that_of_finite_differences(activation, gated):
 def test_beside_the_residual_path_a_linear_layer_is_exactly_i_plus_j():
     ffn = random_layer(6, 11, "identity")
     J = ffn.values.T @ ffn.keys
-    spectrum = exact(ffn, gaussian(6))
+    spectrum = Exact(jacobian(ffn, gaussian(6)))
     assert torch.allclose(spectrum.singular, torch.linalg.svdvals(J))
     assert spectrum.condition == pytest.approx(float(torch.linalg.cond(torch.eye(6).double() + J)))
     assert spectrum.rank == pytest.approx(sp.participation_ratio(torch.linalg.svdvals(J) ** 2))
     # keys that write what they read: J = -I/2, and nothing else is left of I + J
     undo = FFN(0, torch.eye(4).double(), -torch.eye(4).double() / 2, "identity")
-    assert exact(undo, gaussian(4)).condition == pytest.approx(1) and exact(undo, gaussian(4)).rank == 4
+    undone = Exact(jacobian(undo, gaussian(4)))
+    assert undone.condition == pytest.approx(1) and undone.rank == pytest.approx(4)
+    # next to nothing is left in one direction: the square of its share would be lost
+    nearly = Exact(torch.diag(torch.tensor([1e-10 - 1, 0, 0], dtype=torch.float64)))
+    assert nearly.condition == pytest.approx(1e10, rel=1e-5)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_random_vectors_agree_with_the_jacobian_itself(gated):
     ffn, x = random_layer(40, 90, "silu", gated), gaussian(3, 40, seed=33)
     for token in x:
-        one = exact(ffn, token)
+        one = Exact(jacobian(ffn, token))
         closely = hutchinson(ffn, token, 1500, torch.Generator().manual_seed(0))
-        assert closely == pytest.approx((one.rank, float(one.singular.square().sum())), rel=0.05)
+        assert closely == pytest.approx((one.rank, one.gain), rel=0.05)
     few = [hutchinson(ffn, token, 64, torch.Generator().manual_seed(seed))[0] for seed in range(40)]
     assert sum(few) / 40 == pytest.approx(one.rank, rel=0.03)
     one, other = jacobian_numbers(ffn, x, 0), jacobian_numbers(ffn, x, 0, most=39)
