@@ -106,34 +106,33 @@ def restarts(
 
 
 def balanced(
-    rows: Float[Tensor, "n d"], k: int, seeds: Sequence[int] = (0,), *, signed: bool = True, rounds: int = 20
+    rows: Float[Tensor, "n d"], k: int, seeds: Sequence[int] = (0,), *, signed: bool = True
 ) -> list[Clustering]:
-    """Clusters of n // k rows, or one more: the best assignment to the centres, and again, until it stays.
+    """Clusters of n // k rows, or one more: the best assignment to the centres, and again while it gains.
 
     Raises:
         ValueError: k is not in [1, n].
     """
     unit = _unit(rows)
-    return [_balance(unit, k, start, signed, rounds) for start in restarts(rows, k, seeds, signed=signed)]
+    return [_balance(unit, k, start, signed) for start in restarts(rows, k, seeds, signed=signed)]
 
 
-def _balance(unit: Float[Tensor, "n d"], k: int, start: Clustering, signed: bool, rounds: int) -> Clustering:
-    labels, centres = start.labels, torch.as_tensor(start.centres)
+def _balance(unit: Float[Tensor, "n d"], k: int, start: Clustering, signed: bool) -> Clustering:
+    labels, centres, fit, before = start.labels, torch.as_tensor(start.centres), 0.0, -1.0
     # the clusters that were the largest get the rows that remain
     places = torch.full((k,), len(unit) // k)
     places[torch.bincount(labels, minlength=k).argsort(descending=True)[: len(unit) % k]] += 1
     column = torch.arange(k).repeat_interleave(places)
-    for _ in range(rounds):
+    while fit - before > TOLERANCE * abs(before):
         cosine = unit @ centres.mT
         gain = cosine if signed else cosine.abs()
         place = linear_sum_assignment(gain[:, column].double().cpu().numpy(), maximize=True)[1]
-        before, labels = labels, column[torch.from_numpy(place)]
-        if torch.equal(before, labels):
-            break
+        labels = column[torch.from_numpy(place)]
         own = cosine.gather(1, labels[:, None])
-        centres = torch.nn.functional.normalize(_sums(unit * _signs(own, signed), labels, k), dim=1)
-    fit = (unit * centres[labels]).sum(dim=1)
-    return Clustering(labels, float((fit if signed else fit.abs()).mean()), centres)
+        sums = _sums(unit * _signs(own, signed), labels, k)
+        centres = torch.nn.functional.normalize(sums, dim=1)
+        fit, before = float(sums.norm(dim=1).sum()) / len(unit), fit
+    return Clustering(labels, fit, centres)
 
 
 def spectral(similarity: Float[Tensor, "n n"], k: int, seeds: Sequence[int] = (0,)) -> list[Clustering]:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..ffn import ACTIVATIONS, FFN
+from ..spectrum import eigenvalues
 
 SQUARED = 1e-6  # of a float64 matrix times its transpose, which is quicker than the SVD, so small a ratio is exact
 
@@ -105,14 +106,14 @@ class Exact:
     @property
     def singular(self) -> Float[Tensor, " d_model"]:
         """Singular values of J, largest first."""
-        return torch.linalg.eigvalsh(self.gram).flip(0).clamp(min=0).sqrt()
+        return eigenvalues(self.gram).sqrt()
 
     @property
     def condition(self) -> float:
         """cond(I + J)."""
         beside = self.J + torch.eye(len(self.J)).to(self.J)
-        squares = torch.linalg.eigvalsh(beside @ beside.T)
-        if squares[0] > SQUARED * squares[-1]:
-            return float((squares[-1] / squares[0]).sqrt())
+        squares = eigenvalues(beside @ beside.T)
+        if squares[-1] > SQUARED * squares[0]:
+            return float((squares[0] / squares[-1]).sqrt())
         singular = torch.linalg.svdvals(beside)
         return float(singular[0] / singular[-1].clamp(min=1e-300))

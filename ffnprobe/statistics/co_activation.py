@@ -92,12 +92,6 @@ class CoActivation(Statistic):
             part |= {"s": magnitude.sum(0).double(), "S": triangle.gram(magnitude)}
         return part
 
-    def _add(self, part) -> None:
-        triangles = {"both", "S"} & part.keys()
-        for name in triangles:
-            triangle.add(self._state[name], part[name])
-        super()._add({name: tensor for name, tensor in part.items() if name not in triangles})
-
     def compute(self) -> CoActive:
         """How often each pair of neurons is active together.
 

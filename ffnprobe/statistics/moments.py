@@ -81,10 +81,6 @@ class Moments(Statistic):
             "q": (square.double() ** 2).sum(),
         }
 
-    def _add(self, part) -> None:
-        triangle.add(self._state["S"], part["S"])
-        super()._add({name: tensor for name, tensor in part.items() if name != "S"})
-
     def _scatter(self) -> Float[Tensor, "d d"]:
         return triangle.square(self._state["S"], len(self._state["s"]))
 
