@@ -282,6 +282,7 @@ def test_a_model_whose_values_cannot_be_read_gets_a_report_without_memories(fold
         "hidden_rank",
         "interactions",
         "neuron_clusters",
+        "neuron_map",
         "nonlinearity",
         "quantization",
         "weight_rank",

@@ -96,7 +96,8 @@ def _draw_map(axes: Axes, rows: Sequence[Row], about: Mapping[str, float]) -> No
         style: dict[str, Any] = {"s": 3 if cluster is None else 9, "linewidths": 0, "rasterized": True}
         axes.scatter([r.x for r in some], [r.y for r in some], color=colour, label=label, **style)
     axes.set(title="Map of the neurons", ylabel="second principal coordinate")
-    axes.set_xlabel(f"first; both: {about['share']:.1%} (independent {about['share_null']:.1%})")
+    both = f"both {about['share']:.1%}; independent {about['share_null']:.1%}"
+    axes.set_xlabel(f"first principal coordinate ({both})")
     legend_below(axes)
 
 

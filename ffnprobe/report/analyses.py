@@ -11,6 +11,7 @@ import torch
 
 from ..analyzers import (
     AttentionShare,
+    ClusterLabels,
     Contraction,
     Experts,
     GradientFlow,
@@ -20,12 +21,14 @@ from ..analyzers import (
     Memories,
     MemoryUse,
     NeuronClusters,
+    NeuronMap,
     NeuronRoles,
     Nonlinearity,
     Quantization,
     SVDDirections,
     WeightRank,
     attention_share,
+    cluster_labels,
     contraction,
     experts,
     gradient_flow,
@@ -35,6 +38,7 @@ from ..analyzers import (
     memories,
     memory_use,
     neuron_clusters,
+    neuron_map,
     neuron_roles,
     nonlinearity,
     quantization,
@@ -42,11 +46,14 @@ from ..analyzers import (
     weight_rank,
 )
 from ..analyzers.affine_probes import probes as affine_probes
+from ..analyzers.cluster_labels import probes as label_probes
 from ..analyzers.experts import probes as expert_probes
 from ..analyzers.gradient_flow import probes as gradient_probes
 from ..analyzers.interactions import probes as interaction_probes
 from ..analyzers.knockout import probes as knockout_probes
 from ..analyzers.memories import probes as memory_probes
+from ..analyzers.neuron_views import BUDGET as CO_ACTIVATION
+from ..analyzers.neuron_views import NEURONS, half_name, within
 from ..analyzers.neuron_views import probes as cluster_probes
 from ..analyzers.quantization import probes as quantization_probes
 from ..analyzers.rank_probes import probes as rank_probes
@@ -57,7 +64,7 @@ from ..errors import InputError, ModelRefused
 from ..ffn import FFN
 from ..forward import choose_layers, evenly
 from ..intervene import check_causal, predictable
-from ..models import Model, foldings, unembedding, why_illegible
+from ..models import Model, ffns, foldings, unembedding, why_illegible
 from ..result import Result
 from ..shards import Work
 from ..statistics import Statistic
@@ -67,6 +74,7 @@ from .settings import Settings
 HELD_OUT = 512  # tokens on which losses are compared; the scripts of analyses/ take more
 SAMPLED = 2048  # tokens of each half of the documents on which codes are compared
 FEW = 5  # layers of what takes a minute a layer
+LABELLED = 3  # layers of which clusters are labelled
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class Analysis:
 
     `why_not` says why a model does not allow it, `too_little` why its tokens do not, None where they do.
     `uses` are the analyzers whose statistics it reads beside its own; its probes hold theirs.
-    `most_layers` are those that take time, all of them if None; 0: the time does not grow with the layers.
+    `most_layers` are those that take more time, all of them if None; 0: the time does not grow with the layers.
     """
 
     kind: type[Result]
@@ -121,10 +129,10 @@ class Analysis:
     uses: tuple[str, ...] = ()
     most_layers: int | None = None
 
-    def grows(self, layers: int, timed: int) -> float:
-        """How much longer it takes for so many layers than for those that were timed."""
+    def layers_more(self, layers: int, timed: int) -> int:
+        """How many layers more than those that were timed take time, of so many."""
         most = layers if self.most_layers is None else min(layers, self.most_layers)
-        return max(1.0, most / timed)
+        return max(0, most - timed)
 
 
 def _no_loss(model: Model) -> str | None:
@@ -164,6 +172,17 @@ def _few(of: Inputs) -> list[int]:
 
 def _cut(of: Inputs) -> list[int]:
     return inner([tap.layer for tap in choose_layers(of.work.model, of.layers)])
+
+
+def _co_active(layers: Sequence[FFN], n: int) -> list[FFN]:
+    """At most n of the layers whose co-activation is kept."""
+    return evenly(within(layers, NEURONS, CO_ACTIVATION), n)
+
+
+def _at_co_active(of: Inputs, n: int) -> dict[str, Any]:
+    """Arguments of an analyzer of those layers."""
+    kept = [ffn.layer for ffn in ffns(of.work.model) if half_name(ffn.layer, 0) in of.statistics]
+    return of.streamed | {"layers": evenly(kept, n)}
 
 
 def _sets(of: Inputs) -> dict[str, dict[int, list[int]]] | None:
@@ -207,6 +226,7 @@ ANALYSES: Mapping[str, Analysis] = {
         ),
         lambda layers, settings, _: affine_probes(layers, settings.seed, settings.budget),
         uses=("hidden_rank",),
+        most_layers=11,  # losses, most of its time, are compared at six
     ),
     "interactions": Analysis(
         Interactions,
@@ -225,7 +245,7 @@ ANALYSES: Mapping[str, Analysis] = {
         ),
         lambda layers, settings, _: (
             rank_probes(layers, settings.seed, settings.budget)
-            | contraction_probes(layers, inner([ffn.layer for ffn in layers]), budget=None)
+            | contraction_probes(layers, evenly([ffn.layer for ffn in layers], FEW), budget=None)
         ),
         _no_loss,
         _one_document,
@@ -289,7 +309,22 @@ ANALYSES: Mapping[str, Analysis] = {
         NeuronClusters,
         lambda of: neuron_clusters(*of.measured, **of.streamed),
         lambda layers, settings, _: cluster_probes(layers, seed=settings.seed),
-        most_layers=4,  # most of its time goes into a few layers, by which the rest is set
+        most_layers=0,  # most of its time goes into a few layers, by which the rest is set
+    ),
+    "cluster_labels": Analysis(
+        ClusterLabels,
+        lambda of: cluster_labels(*of.measured, of.settings.text(), **_at_co_active(of, LABELLED)),
+        lambda layers, settings, _: label_probes(_co_active(layers, LABELLED), seed=settings.seed),
+        why_illegible,
+        uses=("neuron_clusters",),
+        most_layers=0,
+    ),
+    "neuron_map": Analysis(
+        NeuronMap,
+        lambda of: neuron_map(*of.measured, **_at_co_active(of, 1)),
+        lambda layers, settings, _: cluster_probes(_co_active(layers, 1), seed=settings.seed),
+        uses=("neuron_clusters",),
+        most_layers=0,
     ),
 }
 

@@ -19,7 +19,7 @@ from ..analyzers.memories import Memories
 from ..analyzers.memories import Row as Memory
 from ..analyzers.quantization_family import QuantizationFamily
 from ..analyzers.recall import Recall
-from ..corpus import LENGTH, load_corpus, load_dataset_corpus, pack
+from ..corpus import LENGTH, pack
 from ..errors import InputError
 from ..executors import Executor
 from ..family import MEMBERS
@@ -55,9 +55,8 @@ def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     model = load_model(settings.model, dtype=settings.dtype, device_map=settings.device_map, say=say)
     chosen = {tap.layer for tap in choose_layers(model, settings.layers)}
     measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
-    corpus = load_dataset_corpus(settings.dataset) if settings.dataset else load_corpus(settings.corpus)
     length = min(LENGTH, context_length(model))
-    tokens = pack(corpus, tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
+    tokens = pack(settings.text(), tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
     check_documents(tokens)
     wanted: dict[str, Probe] = {}
     for analysis in analyses_of(settings, model, tokens, say).values():

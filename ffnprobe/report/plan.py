@@ -1,4 +1,4 @@
-"""What will a report take, in memory, disk and time? Measured on one batch and on two of the layers."""
+"""What will a report take, in memory, disk and time? Measured on one batch, and on one and two of the layers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from ..backoff import backing_off
 from ..disk import make_folder, need_room
 from ..errors import MachineError
 from ..executors import Executor
+from ..forward import evenly
 from ..memory import available, peak
 from ..models import describe, ffns, plain
+from ..result import Result
 from ..run import threads_set
 from ..shards import Work, entry, merge, named, read_pilot, shard_path, size_of, write_pilot
 from ..statistics import Statistic
 from ..stream import Pilot, choose_layers, collect_rows
 from ..tensors import write_tensors
-from .analyses import ANALYSES, inner, measure
+from .analyses import ANALYSES, FEW, inner, measure
 from .build import about_of, draw, work_of
 from .settings import Settings
 
@@ -99,7 +101,7 @@ def plan_report(
     say: Say = lambda line: None,
     started: float | None = None,
 ) -> Plan:
-    """Load the model, time the disk, one batch, the analyses of two layers and the drawing; leave nothing behind.
+    """Load the model; time disk, a batch, the analyses of one layer and of two, drawing; leave nothing behind.
 
     Args:
         started: when the command did, by `time.perf_counter`; now by default.
@@ -144,11 +146,14 @@ def plan_report(
     share = len(layers) / len(chosen)
     with tempfile.TemporaryDirectory(prefix=".ffnprobe-plan-", dir=folder) as name:
         scratch = Path(name)
+        more = {name: ANALYSES[name].layers_more(len(layers), len(chosen)) for name in ANALYSES}
         clock.lap()
-        results, seconds["analyses"] = [], 0.0
-        for name, result in measure(settings, work, dict(start.starts), chosen, lambda line: None):
-            results.append(result)
-            seconds["analyses"] += clock.lap() * ANALYSES[name].grows(len(layers), len(chosen))
+        results, taken = _timed(settings, work, start, chosen, clock)
+        seconds["analyses"] = sum(taken.values())
+        if growing := tuple(name for name in taken if more[name]):
+            one = evenly(evenly(layers, FEW), 1)
+            _, less = _timed(replace(settings, analyzers=growing), work, start, one, clock)
+            seconds["analyses"] += sum(max(0.0, taken[name] - less[name]) * more[name] for name in growing)
         for result in results:
             result.save(result.path(scratch / "tables"))
         seconds["analyses"] += clock.lap()
@@ -175,6 +180,17 @@ def plan_report(
         disk_there=shutil.disk_usage(folder).free + _bytes(out),
         seconds=seconds,
     )
+
+
+def _timed(
+    settings: Settings, work: Work, start: Pilot, layers: list[int], clock: _Clock
+) -> tuple[list[Result], dict[str, float]]:
+    """The results of these layers, and the seconds that each of them took."""
+    results, taken = [], {}
+    for name, result in measure(settings, work, dict(start.starts), layers, lambda line: None):
+        results.append(result)
+        taken[name] = clock.lap()
+    return results, taken
 
 
 class _Clock:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from shlex import quote
 
 from ..analyzers.rank_probes import BUDGET
+from ..corpus import Corpus, load_corpus, load_dataset_corpus
 from ..errors import InputError
 from ..stream import BATCH, SINK_FACTOR
 
@@ -32,6 +33,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.corpus and self.dataset:
             raise InputError("got both --corpus and --dataset: give one of them")
+
+    def text(self) -> Corpus:
+        """The corpus that tokens are packed from."""
+        return load_dataset_corpus(self.dataset) if self.dataset else load_corpus(self.corpus)
 
     def command(self, out: str) -> str:
         """The command line that makes this report again."""
