@@ -95,9 +95,8 @@ def _draw_map(axes: Axes, rows: Sequence[Row], about: Mapping[str, float]) -> No
         label = f"the other clusters ({len(some)})" if cluster is None else f"cluster {cluster} ({len(some)})"
         style: dict[str, Any] = {"s": 3 if cluster is None else 9, "linewidths": 0, "rasterized": True}
         axes.scatter([r.x for r in some], [r.y for r in some], color=colour, label=label, **style)
-    axes.set(title="Map of the neurons", ylabel="second principal coordinate")
-    both = f"both {about['share']:.1%}; independent {about['share_null']:.1%}"
-    axes.set_xlabel(f"first principal coordinate ({both})")
+    axes.set(title="Neurons, by principal coordinates", ylabel="second")
+    axes.set_xlabel(f"first (both: {about['share']:.1%}; independent {about['share_null']:.1%})")
     legend_below(axes)
 
 
