@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from ffnprobe.clustering import ALGORITHMS, balanced, cluster, restarts, similarity, spherical_kmeans
@@ -88,6 +89,16 @@ def test_balanced_clusters_differ_by_one_row_at_most(n, data):
     (run,) = balanced(gaussian(n, 5, seed=n), k, signed=data.draw(st.booleans()))
     sizes = run.labels.bincount(minlength=k)
     assert sizes.sum() == n and sizes.max() - sizes.min() <= (n % k > 0)
+
+
+@pytest.mark.parametrize("seed", [11, 169, 189])
+def test_balanced_clusters_are_assigned_again_while_that_gains(seed):
+    rows = gaussian(60, 3, seed=seed) + torch.tensor([2.0, 0.0, 0.0])  # most point one way: sizes start unequal
+    (run,) = balanced(rows, 4)
+    unit, column = torch.nn.functional.normalize(rows, dim=1), torch.arange(60) % 4
+    _, place = linear_sum_assignment((unit @ run.centres.T)[:, column], maximize=True)
+    again = torch.zeros(4, 3).index_add_(0, column[torch.from_numpy(place)], unit).norm(dim=1).sum() / 60
+    assert run.fit <= again * (1 + 1e-6) and again < 1.01 * run.fit
 
 
 @settings(max_examples=20, deadline=None)

@@ -150,10 +150,12 @@ def plan_report(
         clock.lap()
         results, taken = _timed(settings, work, start, chosen, clock)
         seconds["analyses"] = sum(taken.values())
-        if growing := tuple(name for name in taken if more[name]):
+        growing = tuple(name for name in taken if more[name])
+        less = dict.fromkeys(growing, 0.0)
+        if growing and len(chosen) > 1:
             one = evenly(evenly(layers, FEW), 1)
-            _, less = _timed(replace(settings, analyzers=growing), work, start, one, clock)
-            seconds["analyses"] += sum(max(0.0, taken[name] - less[name]) * more[name] for name in growing)
+            less = _timed(replace(settings, analyzers=growing), work, start, one, clock)[1]
+        seconds["analyses"] += sum(max(0.0, taken[name] - less[name]) * more[name] for name in growing)
         for result in results:
             result.save(result.path(scratch / "tables"))
         seconds["analyses"] += clock.lap()

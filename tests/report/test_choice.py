@@ -14,6 +14,11 @@ def test_only_and_skip_choose_in_the_order_of_the_page():
     assert choose_analyzers(None, "memories") == tuple(name for name in ANALYSES if name != "memories")
 
 
+def test_only_so_many_layers_as_take_time_are_counted():
+    more = [ANALYSES[name].layers_more(30, 2) for name in ("hidden_rank", "experts", "contraction", "knockout")]
+    assert more == [28, 3, 0, 0] and ANALYSES["experts"].layers_more(3, 2) == 1
+
+
 @pytest.mark.parametrize(
     ("only", "skip", "said"),
     [

@@ -8,6 +8,7 @@ import pytest
 
 from ffnprobe.errors import InputError, MachineError
 from ffnprobe.executors import Inline, Processes
+from ffnprobe.report import plan
 from ffnprobe.report.build import build_report
 from ffnprobe.report.plan import plan_report
 from ffnprobe.report.settings import Settings
@@ -46,6 +47,19 @@ def test_the_bytes_are_those_of_the_report(planned, settings, tmp_path):
     assert again.disk == pytest.approx(planned.disk, rel=0.01)
     assert again.disk_there > shutil.disk_usage(tmp_path).free  # what is there needs no more room
     assert {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("sketched")
+def test_what_an_analysis_takes_at_any_rate_is_not_multiplied_by_the_layers(settings, tmp_path, monkeypatch):
+    def timed(settings, work, start, layers, clock):
+        clock.lap()
+        return [], {name: 1000.0 + 100.0 * len(layers) for name in settings.analyzers}
+
+    monkeypatch.setattr(plan, "_timed", timed)
+    monkeypatch.setattr(plan, "inner", lambda layers: layers[:2])
+    several = replace(settings, analyzers=("hidden_rank", "knockout"))
+    found = plan_report(several, tmp_path, Inline(1)).seconds["analyses"]
+    assert found == pytest.approx(1300 + 1200, abs=50)  # of three layers, two were timed
 
 
 def test_every_stage_takes_time_and_the_lines_say_so(planned):
