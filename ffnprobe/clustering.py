@@ -32,7 +32,7 @@ class Clustering:
 def cluster(
     rows: Float[Tensor, "n d"], k: int, algorithm: str, *, seeds: Sequence[int] = (0,), signed: bool = True
 ) -> list[Clustering]:
-    """One clustering a seed by any of `ALGORITHMS`; agglomerative has no seed and gives one.
+    """One clustering a seed by any of `ALGORITHMS`; spectral and agglomerative give one.
 
     Raises:
         ValueError: k is not in [1, n], or there is no such algorithm.
@@ -43,7 +43,7 @@ def cluster(
         case "balanced":
             return balanced(rows, k, seeds, signed=signed)
         case "spectral":
-            return spectral(similarity(rows, signed), k, seeds)
+            return [spectral(similarity(rows, signed), k, seeds)]
         case "agglomerative":
             return [agglomerative(similarity(rows, signed), k)]
     raise ValueError(f'algorithm "{algorithm}" is unknown: choose from {", ".join(ALGORITHMS)}')
@@ -135,18 +135,19 @@ def _balance(unit: Float[Tensor, "n d"], k: int, start: Clustering, signed: bool
     return Clustering(labels, fit, centres)
 
 
-def spectral(similarity: Float[Tensor, "n n"], k: int, seeds: Sequence[int] = (0,)) -> list[Clustering]:
+def spectral(similarity: Float[Tensor, "n n"], k: int, seeds: Sequence[int] = (0,)) -> Clustering:
     """Clusters of the graph whose weights are the similarities above 0 (Ng, Jordan & Weiss 2001).
 
-    Each row of the k leading eigenvectors is brought to unit length, and the rows are clustered by `restarts`;
+    Each row of the k leading eigenvectors is brought to unit length, and the rows are clustered by `restarts`, of
+    which the best is taken: all seeds share the eigenvectors, so that even of noise they would agree.
     scikit-learn's KMeans waits for its own threads where the cores are shared.
     """
     _check(len(similarity), k)
     # a trace of every edge: a graph in several pieces has no unique embedding
     graph = (similarity.clamp(min=0) + 1e-6).double().cpu().numpy()
     place = spectral_embedding(graph, n_components=k, drop_first=False, random_state=0)
-    runs = restarts(torch.from_numpy(place).float(), k, seeds)
-    return [Clustering(run.labels, run.fit) for run in runs]  # centres of the embedding are none of the rows
+    best = max(restarts(torch.from_numpy(place).float(), k, seeds), key=lambda run: run.fit)
+    return Clustering(best.labels, best.fit)  # centres of the embedding are none of the rows
 
 
 def agglomerative(similarity: Float[Tensor, "n n"], k: int) -> Clustering:

@@ -48,7 +48,7 @@ def test_profiles_are_mean_correlations_in_the_other_half(architecture, model_of
     again = NeuronMap.load(found.save(tmp_path / "t.parquet"))
     assert list(again.rows) == list(found.rows) and "Layer 1:" in again.findings()[0]
     titles = [axes.get_title() for axes in again.plot().axes]
-    assert titles[:2] == ["Co-activation, by cluster", "Map of the neurons"]
+    assert titles[:2] == ["Co-activation, by cluster", "Neurons, by principal coordinates"]
 
 
 def test_the_middle_layer_is_mapped_and_a_part_of_its_neurons(llama, tokens):
