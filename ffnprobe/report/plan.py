@@ -146,16 +146,8 @@ def plan_report(
     share = len(layers) / len(chosen)
     with tempfile.TemporaryDirectory(prefix=".ffnprobe-plan-", dir=folder) as name:
         scratch = Path(name)
-        more = {name: ANALYSES[name].layers_more(len(layers), len(chosen)) for name in ANALYSES}
         clock.lap()
-        results, taken = _timed(settings, work, start, chosen, clock)
-        seconds["analyses"] = sum(taken.values())
-        growing = tuple(name for name in taken if more[name])
-        less = dict.fromkeys(growing, 0.0)
-        if growing and len(chosen) > 1:
-            one = evenly(evenly(layers, FEW), 1)
-            less = _timed(replace(settings, analyzers=growing), work, start, one, clock)[1]
-        seconds["analyses"] += sum(max(0.0, taken[name] - less[name]) * more[name] for name in growing)
+        results, seconds["analyses"] = _analyses(settings, work, start, layers, clock)
         for result in results:
             result.save(result.path(scratch / "tables"))
         seconds["analyses"] += clock.lap()
@@ -182,6 +174,22 @@ def plan_report(
         disk_there=shutil.disk_usage(folder).free + _bytes(out),
         seconds=seconds,
     )
+
+
+def _analyses(
+    settings: Settings, work: Work, start: Pilot, layers: list[int], clock: _Clock
+) -> tuple[list[Result], float]:
+    """The results of two of the layers, and the seconds that all layers will take."""
+    chosen = inner(layers)
+    results, taken = _timed(settings, work, start, chosen, clock)
+    more = {name: ANALYSES[name].layers_more(len(layers), len(chosen)) for name in taken}
+    growing = tuple(name for name in taken if more[name])
+    less = dict.fromkeys(growing, 0.0)
+    if growing and len(chosen) > 1:
+        one = evenly(evenly(layers, FEW), 1)
+        less = _timed(replace(settings, analyzers=growing), work, start, one, clock)[1]
+    grown = sum(max(0.0, taken[name] - less[name]) * more[name] for name in growing)
+    return results, sum(taken.values()) + grown
 
 
 def _timed(
