@@ -170,6 +170,13 @@ def test_similarity_is_the_cosine():
     assert torch.equal(similarity(rows, signed=False), similarity(rows).abs())
 
 
+def test_spectral_clusters_are_those_of_the_best_seed():
+    rows = gaussian(60, 20)
+    (best,) = cluster(rows, 6, "spectral", seeds=range(6))
+    fits = [cluster(rows, 6, "spectral", seeds=[seed])[0].fit for seed in range(6)]
+    assert best.fit == pytest.approx(max(fits)) and min(fits) < max(fits) - 1e-3
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_more_clusters_than_rows_are_refused(algorithm):
     with pytest.raises(ValueError, match="choose 1 to 3"):
