@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .errors import InputError
+from .memory import keep_freed
 from .models import Model, Tap, context_length, plain, taps
 from .placement import input_device
 
@@ -53,6 +54,7 @@ def evenly(items: Sequence[_Item], n: int) -> list[_Item]:
 
 def forward(model: Model, ids: Int[Tensor, "s l"], chosen: Sequence[Tap], on_layer: OnLayer) -> None:
     """Run the model up to the last layer chosen and show `on_layer` each of them as it is done."""
+    keep_freed()
     if (longest := context_length(model)) < ids.shape[1]:
         raise InputError(
             f"sequences of {ids.shape[1]} tokens: this model reads {longest}; pack with length={longest}"

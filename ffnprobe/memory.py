@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def peak() -> int:
@@ -26,6 +29,20 @@ def available(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = CGROUPS) ->
     except (OSError, KeyError, ValueError):
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([machine, *_limits(cgroups)])
+
+
+@cache
+def keep_freed() -> None:
+    """Let this process keep up to 256 MiB of what it frees for what it takes next.
+
+    By default glibc hands the activations of a layer back to the system as they are freed, and each of the next
+    layer's pages is cleared anew, which can cost a tenth of a forward pass. What is above 32 MiB, the most that
+    glibc takes for this, is still handed back at once. Nothing happens where there is no glibc.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
 
 
 def _limits(cgroups: Path) -> Iterator[int]:

@@ -1,6 +1,9 @@
 """The memory that is there is the machine's, or a container's limit where that is less."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,3 +46,22 @@ def test_the_least_limit_of_the_groups_counts_without_its_caches(meminfo, tmp_pa
 def test_a_machine_without_meminfo_counts_its_pages(tmp_path):
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert available(tmp_path / "none", tmp_path) == total
+
+
+# five blocks of 20 MiB at a time: by itself glibc keeps twice the largest that was freed
+CHURN = """
+import resource
+from ffnprobe.memory import keep_freed
+keep_freed()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytes([1]) * (20 << 20) for _ in range(5)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_what_is_freed_is_taken_again_without_new_pages():
+    found = subprocess.run([sys.executable, "-c", CHURN], stdout=subprocess.PIPE, check=True)
+    assert int(found.stdout) < 100
