@@ -218,7 +218,7 @@ def test_a_neuron_that_is_not_there_is_said(name, said, folder_of, run):
 
 @pytest.mark.usefixtures("sketched")
 def test_plan_says_what_a_report_takes_and_ends_with_4_on_too_small_a_disk(folder_of, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 120_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 160_000))
     code, printed, complained = run("plan", folder_of("gpt2"), "--tokens", "512", "--layers", "1", *FEW)
     assert [line.split()[0] for line in printed.splitlines()] == ["model", "statistics", "memory", "disk", "time"]
     assert code == 4 and "the disk is too small" in complained.splitlines()[-1]
