@@ -42,8 +42,8 @@ def _norms(tap: Tap, read: Mapping[str, Tensor]) -> tuple[Float[Tensor, " n"], F
 
     if tap.gated:
         # each neuron weighed as it is written: its own scale is a gauge, that of a plain one is not
-        parts = (rows.float().square() @ tap.value_squares for rows in read["post"].split(IN_CACHE))
-        return norm(read["residual"]), torch.cat(list(parts)).sqrt()
+        weighed = (norm(rows * tap.value_norms) for rows in read["post"].split(IN_CACHE))
+        return norm(read["residual"]), torch.cat(list(weighed))
     return norm(read["residual"]), norm(read["post"])
 
 

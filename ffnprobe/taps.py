@@ -34,10 +34,10 @@ class Tap:
         return self.gate is not None or self.fused
 
     @cached_property
-    def value_squares(self) -> Float[Tensor, " d_mlp"]:
-        """Squared norms of the values of a gated layer."""
+    def value_norms(self) -> Float[Tensor, " d_mlp"]:
+        """Norms of the values of a gated layer."""
         down: Any = self.down
-        return down.weight.detach().float().square().sum(0)
+        return down.weight.detach().float().square().sum(0).sqrt()
 
 
 def flat(value: Any) -> Tensor:

@@ -11,7 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-IN_CACHE = 128  # rows at a time of what goes over a batch more than once
+# rows at a time of what goes over a batch more than once. They are added to each other first and summed up at the
+# end: a sum over the rows of each would have the cores fetch them from each other's caches
+IN_CACHE = 128
+_AT_ONCE = 2**18  # entries
 
 
 class Statistic(ABC):
@@ -70,7 +73,7 @@ class Statistic(ABC):
     def _add(self, part: Mapping[str, Tensor]) -> None:
         for name, tensor in part.items():
             if name not in self.fixed:
-                self._state[name] += tensor
+                add(self._state[name], tensor)
 
     @abstractmethod
     def compute(self) -> Any:
@@ -79,6 +82,12 @@ class Statistic(ABC):
     def _need(self, least: int, what: str) -> None:
         if self.n < least:
             raise ValueError(f"{what} needs at least {least} tokens, got {self.n}: give it more text")
+
+
+def add(to: Tensor, part: Tensor) -> None:
+    """Add in place. By parts: torch first converts all that it adds to the other precision, in fresh memory."""
+    for mine, theirs in zip(to.view(-1).split(_AT_ONCE), part.reshape(-1).split(_AT_ONCE), strict=True):
+        mine += theirs
 
 
 def no_tokens() -> Tensor:

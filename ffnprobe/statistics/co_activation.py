@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import triangle
-from .base import Statistic, no_tokens
+from .base import IN_CACHE, Statistic, no_tokens
 
 KEEP = ("counts", "magnitudes", "both")
 
@@ -83,12 +83,16 @@ class CoActivation(Statistic):
         )
 
     def _summary(self, x: Float[Tensor, "n d"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
-        magnitude = (x if x.dtype == torch.float64 else x.float()).abs()  # never a Gram matrix in half precision
         part = {"n": torch.tensor(len(x))}
         if len(self._state["both"]):
-            part["both"] = triangle.counts(magnitude > self._state["threshold"])
+            active = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+            for rows, strong in zip(x.split(IN_CACHE), active.split(IN_CACHE), strict=True):
+                torch.gt(rows.abs(), self._state["threshold"], out=strong)
+            part["both"] = triangle.counts(active)
         if len(self._state["S"]):
-            magnitude = magnitude - self._state["shift"].to(magnitude.dtype)
+            # never a Gram matrix in half precision
+            magnitude = x.to(torch.promote_types(x.dtype, torch.float32)).abs()
+            magnitude -= self._state["shift"].to(magnitude.dtype)
             part |= {"s": magnitude.sum(0).double(), "S": triangle.gram(magnitude)}
         return part
 

@@ -35,15 +35,13 @@ class Magnitudes(Statistic):
         return cls({"n": no_tokens(), "sums": sums})
 
     def _summary(self, x: Float[Tensor, "n d"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
-        x = x if x.dtype == torch.float64 else x.float()
-        sums = torch.zeros_like(self._state["sums"])
-        powers = x.new_empty(2, min(len(x), IN_CACHE), x.shape[1])
-        for rows in x.split(IN_CACHE):
-            size, square = some = powers[:, : len(rows)]
-            torch.abs(rows, out=size)
-            torch.mul(rows, rows, out=square)
-            sums += some.sum(1)
-        return {"n": torch.tensor(len(x)), "sums": sums}
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        sums = x.new_zeros(2, min(len(x), IN_CACHE), x.shape[1], dtype=dtype)
+        for rows in x.to(dtype).split(IN_CACHE):
+            n = len(rows)
+            sums[0, :n] += rows.abs()
+            sums[1, :n].addcmul_(rows, rows)
+        return {"n": torch.tensor(len(x)), "sums": sums.sum(1, dtype=torch.float64)}
 
     def compute(self) -> Magnitude:
         """Mean and mean square of |x|.

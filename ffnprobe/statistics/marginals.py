@@ -41,18 +41,19 @@ class Marginals(Statistic):
         return cls({"n": no_tokens(), "shift": shift, "scale": scale, "sums": sums})
 
     def _summary(self, x: Float[Tensor, "n d"], at: Int[Tensor, " n"]) -> dict[str, Tensor]:
-        x = x if x.dtype == torch.float64 else x.float()
-        shift, scale = self._state["shift"].to(x.dtype), self._state["scale"].to(x.dtype)
-        sums = torch.zeros_like(self._state["sums"])
-        powers = x.new_empty(4, min(len(x), IN_CACHE), x.shape[1])
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        shift, scale = self._state["shift"].to(dtype), self._state["scale"].to(dtype)
+        sums = x.new_zeros(4, min(len(x), IN_CACHE), x.shape[1], dtype=dtype)
+        z, square = torch.empty_like(sums[:2])
         for rows in x.split(IN_CACHE):
-            first, second, third, fourth = some = powers[:, : len(rows)]
-            torch.sub(rows, shift, out=first).div_(scale)
-            torch.mul(first, first, out=second)
-            torch.mul(first, second, out=third)
-            torch.mul(second, second, out=fourth)
-            sums += some.sum(1)
-        return {"n": torch.tensor(len(x)), "sums": sums}
+            n = len(rows)
+            torch.sub(rows, shift, out=z[:n]).div_(scale)
+            torch.mul(z[:n], z[:n], out=square[:n])
+            sums[0, :n] += z[:n]
+            sums[1, :n] += square[:n]
+            sums[2, :n].addcmul_(z[:n], square[:n])
+            sums[3, :n].addcmul_(square[:n], square[:n])
+        return {"n": torch.tensor(len(x)), "sums": sums.sum(1, dtype=torch.float64)}
 
     def compute(self) -> Marginal:
         """Mean, variance, skewness and kurtosis of each coordinate.

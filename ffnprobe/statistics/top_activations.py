@@ -46,7 +46,7 @@ class TopActivations(Statistic):
             )
         x = x.float()
         score = x.abs() if self._state["by_magnitude"] else x
-        k, least = self._state["entries"].shape[1], self._state["entries"][:, -1]
+        k, least = self._state["entries"].shape[1], self._state["entries"][:, -1].contiguous()
         entries = _best(score, x, at, k) if (least == EMPTY).any() else _above(least, score, x, at)
         return {"n": torch.tensor(len(x)), "entries": entries}
 
@@ -88,18 +88,30 @@ def _above(
     least: Int[Tensor, " d"], score: Float[Tensor, "n d"], x: Float[Tensor, "n d"], at: Int[Tensor, " n"]
 ) -> Int[Tensor, "d most"]:
     """The entries that are above each neuron's least one: few, once a stream has run for a while."""
-    floor = _unsortable(least >> 32)
-    above = score > floor
+    floor, d = _unsortable(least >> 32), len(least)
+    flags = torch.empty(-(-x.numel() // 8) * 8, dtype=torch.bool, device=x.device)
+    flags[x.numel() :] = False
+    above = flags[: x.numel()].view(x.shape)
+    torch.gt(score, floor, out=above)
     if at.min() < _at(least).max():  # an equal score counts where its token is the earlier one
         above |= (score == floor) & (rearrange(at, "n -> n 1") < _at(least))
-    row, neuron = above.nonzero(as_tuple=True)
+    place = _true(flags)
+    row, neuron = place // d, place % d
     neuron, order = neuron.sort(stable=True)
     row = row[order]
-    many = neuron.bincount(minlength=len(least))
-    place = torch.arange(len(row), device=row.device) - (many.cumsum(0) - many)[neuron]
-    entries = torch.full((len(least), int(many.max())), EMPTY, device=least.device)
-    entries[neuron, place] = _pack(score[row, neuron], at[row], x[row, neuron] < 0)
+    value = x[row, neuron]
+    many = neuron.bincount(minlength=d)
+    column = torch.arange(len(row), device=row.device) - (many.cumsum(0) - many)[neuron]
+    entries = torch.full((d, int(many.max())), EMPTY, device=least.device)
+    entries[neuron, column] = _pack(value.abs() if score is not x else value, at[row], value < 0)
     return entries
+
+
+def _true(flags: Bool[Tensor, " n"]) -> Int[Tensor, " true"]:
+    """Where it is true, if it seldom is: in words of eight first."""
+    words = flags.view(torch.int64).nonzero().squeeze(1)
+    word, byte = flags.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte
 
 
 def _at(entries: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
