@@ -7,12 +7,13 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+MIB = 2**20
 
 
 def peak() -> int:
@@ -39,10 +40,24 @@ def keep_freed() -> None:
     layer's pages is cleared anew, which can cost a tenth of a forward pass. What is above 32 MiB, the most that
     glibc takes for this, is still handed back at once. Nothing happens where there is no glibc.
     """
-    with suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
+    _set(M_MMAP_THRESHOLD, 32 * MIB)
+    _set(M_TRIM_THRESHOLD, 256 * MIB)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """What is taken in here from 1 MiB on has pages of its own, so that no holes are left between what stays."""
+    keep_freed()
+    _set(M_MMAP_THRESHOLD, MIB)
+    try:
+        yield
+    finally:
+        _set(M_MMAP_THRESHOLD, 32 * MIB)
+
+
+def _set(option: int, size: int) -> None:
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        ctypes.CDLL(None).mallopt(option, size)
 
 
 def _limits(cgroups: Path) -> Iterator[int]:

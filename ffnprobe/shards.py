@@ -24,6 +24,7 @@ from .corpus import Tokens
 from .disk import sweep
 from .fingerprint import fingerprints
 from .manifest import Entry
+from .memory import apart
 from .models import Model, plain, taps
 from .sinks import Sinks
 from .statistics import Statistic
@@ -108,11 +109,13 @@ class Maker:
         rows, wanted = work.shards()[shard], work.wanted()
 
         def feed(batch: int) -> dict[str, Statistic]:
+            with apart():
+                start = read_pilot(self.folder, self.pilot_sha256, work.devices())
             return collect_rows(
                 work.model,
                 work.tokens,
                 wanted,
-                read_pilot(self.folder, self.pilot_sha256, work.devices()),
+                start,
                 rows,
                 batch=batch,
                 nonfinite=work.nonfinite,

@@ -19,6 +19,7 @@ from .corpus import Tokens
 from .errors import InputError
 from .forward import choose_layers as choose_layers
 from .forward import forward
+from .memory import apart
 from .models import Model, Tap, describe
 from .sinks import Sinks, find_sinks, flat_index, not_finite
 from .statistics import Count, Statistic
@@ -184,7 +185,8 @@ def pilot(
         for name, probe in by_layer[tap.layer]:
             starts[name] = probe.make(probe.of(*(read[site][ordinary] for site in probe.sites)))
 
-    sinks = find_sinks(model, tokens, chosen, sink_factor, nonfinite, set_up)
+    with apart():
+        sinks = find_sinks(model, tokens, chosen, sink_factor, nonfinite, set_up)
     return Pilot(sinks, starts)
 
 

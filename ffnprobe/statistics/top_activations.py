@@ -53,8 +53,8 @@ class TopActivations(Statistic):
     def _add(self, part) -> None:
         k = self._state["entries"].shape[1]
         both = torch.cat([self._state["entries"], part["entries"]], dim=1)
-        self._state["entries"] = both.topk(k, dim=1).values
-        self._state["n"] = self._state["n"] + part["n"]
+        self._state["entries"].copy_(both.topk(k, dim=1).values)
+        self._state["n"] += part["n"]
 
     def compute(self) -> Top:
         """Activation and token index of the min(k, n) strongest tokens of each neuron.
