@@ -6,6 +6,7 @@ import torch
 
 import ffnprobe.statistics
 from ffnprobe.statistics import (
+    IN_CACHE,
     CoActivation,
     Count,
     CrossMoments,
@@ -96,6 +97,16 @@ def values(computed) -> list[torch.Tensor]:
 @pytest.mark.parametrize("cut", [0, 1, N - 1, N])
 def test_splitting_a_batch_changes_nothing(make, cut):
     assert same(fed(make, slice(0, cut), slice(cut, N)), fed(make, slice(0, N)))
+
+
+def test_a_batch_beyond_the_cache_is_the_sum_of_its_parts(make):
+    x, at = X.repeat(25, 1), torch.arange(25 * N)
+    assert len(x) > 2 * IN_CACHE and len(x) % IN_CACHE
+    one, other = make(), make()
+    one.update(x, at)
+    for some, places in zip(x.split(100), at.split(100), strict=True):
+        other.update(some, places)
+    assert same(one, other)
 
 
 @pytest.mark.parametrize("cut", [0, 1, N - 1, N])
