@@ -51,7 +51,7 @@ class CoActivation(Statistic):
     A neuron is active where |x| is above a threshold, a quantile of its own |x| in a pilot, so that scale and
     sign, which are free in a gated neuron, change nothing, as they change no correlation of |x|. What is exactly
     0 is never active. |x| is shifted by its pilot mean (see `Moments`). Of each matrix the upper triangle is kept:
-    4.5 d² bytes.
+    about 4.3 d² bytes.
     """
 
     fixed = ("threshold", "shift")
