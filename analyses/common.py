@@ -4,10 +4,10 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from ffnprobe import Result, load_corpus, load_model, pack
-from ffnprobe.cli import parse_layers
 from ffnprobe.corpus import LENGTH, Tokens
 from ffnprobe.figure import save_figure
 from ffnprobe.models import Model, context_length, tokenizer_of
+from ffnprobe.options import parse_layers
 
 
 def arguments(description: str | None, model: str = "smollm2-135m") -> Namespace:

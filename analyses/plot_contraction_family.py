@@ -9,9 +9,9 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from ffnprobe import contraction_family, load_corpus
-from ffnprobe.cli import parse_layers
 from ffnprobe.family import MEMBERS
 from ffnprobe.figure import save_figure
+from ffnprobe.options import parse_layers
 from ffnprobe.shipped import shipped
 
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)

@@ -19,10 +19,10 @@ from checkpoints import Checkpoints, step_of
 from t5_encoder import PER_DOCUMENT, encoder_expansion
 
 from ffnprobe import Result, expansion, expansion_fits, load_corpus
-from ffnprobe.cli import parse_layers
 from ffnprobe.errors import FFNProbeError, InputError, MachineError, ModelRefused
 from ffnprobe.figure import save_figure
 from ffnprobe.hub import REMEDY, locate
+from ffnprobe.options import parse_layers
 
 PUBLIC = {
     "pythia": [

@@ -8,7 +8,8 @@ import argparse
 import torch
 from bench import forget_peak, load, machine, ratios, resident, table
 
-from ffnprobe.models import ffns, unembedding
+from ffnprobe.models import ffns
+from ffnprobe.unembedding import unembedding
 from ffnprobe.vocabulary import HELD, read_values
 
 K = 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -15,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from .errors import FFNProbeError, InputError, ModelRefused
+from .options import Corpus, DeviceMap, Dtype, Model, Seed, Tokens, parse_neuron, run_of, takes_run_options
+from .progress import progress, say
 
 app = typer.Typer(
     add_completion=False,
@@ -23,40 +24,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measure what the feed-forward layers of a pretrained transformer do.",
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A hub id (gpt2, or ID@REVISION), a folder, a .gguf file, smollm2-135m, or a tiny model that comes "
-        "with ffnprobe (tiny-x4).",
-        show_default=False,
-    ),
-]
-Tokens = Annotated[int, typer.Option(help="Tokens to run.", min=16)]
-Layers = Annotated[str | None, typer.Option(help="Layers, as in 0,3-5. All by default.")]
-Corpus = Annotated[
-    str | None, typer.Option(help="A .txt, .jsonl or .parquet file. The built-in corpus by default.")
-]
-Dataset = Annotated[str | None, typer.Option(help="A data set of the hub instead.")]
-Seed = Annotated[int, typer.Option(help="Of the document sample and of every null.", min=0, max=2**31)]
-SinkFactor = Annotated[float, typer.Option(help="A sink's norm is above this many times the median.", min=1.0)]
-Out = Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")]
-Nonfinite = Annotated[str, typer.Option(help="At a NaN or Inf: stop, or skip its token.")]
-Batch = Annotated[int, typer.Option(help="Sequences a forward pass.", min=1)]
-Shard = Annotated[
-    int | None, typer.Option(help="Tokens a shard: what a crash may cost. 8,192 or more by default.", min=1)
-]
-ExecutorName = Annotated[str, typer.Option("--executor", help="inline, process, rank (torchrun, SLURM) or ray.")]
-Budget = Annotated[
-    str, typer.Option(help="Memory for covariances, as in 4GiB or 500MB; above it wide layers are sketched.")
-]
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="How to spread a model larger than one GPU: auto. On one device by default.")
-]
-Only = Annotated[str | None, typer.Option(help="Analyzers to run, as in memories,knockout. All by default.")]
-Skip = Annotated[str | None, typer.Option(help="Analyzers to leave out.")]
-Workers = Annotated[int, typer.Option(help="Processes that share the cores.", min=1)]
 
 
 @app.callback()
@@ -71,26 +38,8 @@ def options(
 
 
 @app.command()
-def report(
-    model: Model,
-    tokens: Tokens = 16_384,
-    layers: Layers = None,
-    corpus: Corpus = None,
-    dataset: Dataset = None,
-    out: Out = None,
-    seed: Seed = 0,
-    sink_factor: SinkFactor = 10.0,
-    nonfinite: Nonfinite = "stop",
-    batch: Batch = 8,
-    shard: Shard = None,
-    budget: Budget = "4GiB",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    only: Only = None,
-    skip: Skip = None,
-    executor: ExecutorName = "inline",
-    workers: Workers = 2,
-) -> None:
+@takes_run_options
+def report(**options: Any) -> None:
     """Measure a model's feed-forward layers and write tables, figures and report.html.
 
     The same command again goes on where it stopped. A run folder in the place of MODEL is drawn again from
@@ -98,34 +47,13 @@ def report(
     """
     from .report.build import build_report, render_run
 
-    with _progress() as show:
-        if (Path(model) / "run.json").exists():
-            folder = Path(model)
+    with progress() as show:
+        if (Path(options["model"]) / "run.json").exists():
+            folder = Path(options["model"])
             findings = render_run(folder)
         else:
-            from .executors import executor_of
-            from .report.analyses import choose_analyzers
-            from .report.settings import Settings
-
-            settings = Settings(
-                model,
-                tokens,
-                parse_layers(layers),
-                corpus,
-                dataset,
-                seed,
-                sink_factor,
-                nonfinite,
-                batch,
-                shard,
-                parse_size(budget),
-                dtype,
-                device_map,
-                choose_analyzers(only, skip),
-            )
-            folder = out or _folder(model)
-            where = executor_of(executor, workers)
-            findings = build_report(settings, folder, where, say=show.say, progress=show.step)
+            settings, folder, executor = run_of(**options)
+            findings = build_report(settings, folder, executor, say=show.say, progress=show.step)
     if not findings:
         return  # another rank tells
     typer.echo()
@@ -135,53 +63,16 @@ def report(
 
 
 @app.command()
-def plan(
-    model: Model,
-    tokens: Tokens = 16_384,
-    layers: Layers = None,
-    corpus: Corpus = None,
-    dataset: Dataset = None,
-    out: Out = None,
-    seed: Seed = 0,
-    sink_factor: SinkFactor = 10.0,
-    nonfinite: Nonfinite = "stop",
-    batch: Batch = 8,
-    shard: Shard = None,
-    budget: Budget = "4GiB",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    only: Only = None,
-    skip: Skip = None,
-    executor: ExecutorName = "inline",
-    workers: Workers = 2,
-) -> None:
+@takes_run_options
+def plan(**options: Any) -> None:
     """Say what memory, disk and time a report with these options will take, from one timed batch.
 
     Ends with 4 where the machine has less memory or disk.
     """
     started = time.perf_counter()
-    from .executors import executor_of
-    from .report.analyses import choose_analyzers
     from .report.plan import plan_report
-    from .report.settings import Settings
 
-    settings = Settings(
-        model,
-        tokens,
-        parse_layers(layers),
-        corpus,
-        dataset,
-        seed,
-        sink_factor,
-        nonfinite,
-        batch,
-        shard,
-        parse_size(budget),
-        dtype,
-        device_map,
-        choose_analyzers(only, skip),
-    )
-    planned = plan_report(settings, out or _folder(model), executor_of(executor, workers), _say, started)
+    planned = plan_report(*run_of(**options), say, started)
     for line in planned.lines():
         typer.echo(line)
     planned.check()
@@ -196,7 +87,7 @@ def check(model: Model, dtype: Dtype = "float32", device_map: DeviceMap = None) 
     from .models import check_model, describe, load_model
     from .report.analyses import ANALYSES
 
-    loaded = load_model(model, dtype=dtype, device_map=device_map, say=_say, refuse=False)
+    loaded = load_model(model, dtype=dtype, device_map=device_map, say=say, refuse=False)
     checked = check_model(loaded)
     frame = checked.to_frame()
     table = Table(box=None)
@@ -222,7 +113,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A built-in model.")] = "smol
     """Get a built-in model, once, and say where it is. The tiny models (tiny-x4) come with ffnprobe."""
     from .models import fetch as fetch_model
 
-    typer.echo(fetch_model(name, say=_say))
+    typer.echo(fetch_model(name, say=say))
 
 
 @app.command()
@@ -236,7 +127,7 @@ def neuron(
     device_map: DeviceMap = None,
 ) -> None:
     """Show one neuron: what triggers its key, and what its value writes."""
-    layer, index = _neuron(name)
+    layer, index = parse_neuron(name)
     from rich.console import Console
 
     from .analyzers import memories
@@ -245,13 +136,13 @@ def neuron(
     from .report.build import card
     from .report.card import card_text
 
-    loaded = load_model(model, dtype=dtype, device_map=device_map, say=_say)
+    loaded = load_model(model, dtype=dtype, device_map=device_map, say=say)
     widths = {ffn.layer: ffn.d_mlp for ffn in ffns(loaded)}
     if index >= widths.get(layer, index + 1):
         raise InputError(f"neuron {index} is not there: layer {layer} has neurons 0 to {widths[layer] - 1}")
     length = min(LENGTH, context_length(loaded))
     packed = pack(load_corpus(corpus), tokenizer_of(loaded), tokens=tokens, length=length, seed=seed)
-    with _progress() as show:
+    with progress() as show:
         result = memories(loaded, packed, layers=[layer], triggers=10, seed=seed, progress=show.step)
     Console().print(card_text(card(result.rows[index])))
 
@@ -310,97 +201,3 @@ def _fail(message: str, code: int, debug: bool) -> None:
         raise
     typer.echo(f"ffnprobe: {' '.join(message.split())}", err=True)
     sys.exit(code)
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-class _Plain:
-    """Progress for a log: a line a tenth."""
-
-    def __init__(self) -> None:
-        self.tenth = 0
-
-    say = staticmethod(_say)
-
-    def step(self, done: int, total: int) -> None:
-        if done * 10 // total > self.tenth:
-            self.tenth = done * 10 // total
-            _say(f"  {done:,} of {total:,} tokens")
-
-
-class _Bar:
-    """Progress for a terminal."""
-
-    def __init__(self, progress: Any) -> None:
-        self.progress, self.task = progress, None
-
-    def say(self, line: str) -> None:
-        self.progress.console.print(line, markup=False, highlight=False)
-
-    def step(self, done: int, total: int) -> None:
-        if self.task is None:
-            self.task = self.progress.add_task("tokens", total=total)
-        self.progress.update(self.task, completed=done)
-
-
-@contextmanager
-def _progress() -> Iterator[_Plain | _Bar]:
-    if not sys.stderr.isatty():
-        yield _Plain()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Bar(progress)
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """The layers that `0,3-5` names, in order; None for all.
-
-    Raises:
-        InputError: it is not written so.
-    """
-    if text is None:
-        return None
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise InputError(f"layers {text!r} are not understood: write them as in 0,3-5")
-        if dash and int(last) < int(first):
-            raise InputError(f"layers {text!r} count down: write {last}-{first}")
-        chosen |= set(range(int(first), int(last or first) + 1))
-    return tuple(sorted(chosen))
-
-
-def _folder(model: str) -> Path:
-    path = Path(model)
-    if path.exists():
-        return Path("runs") / path.resolve().name
-    name, at, revision = model.partition("@")
-    return Path("runs") / (Path(name).name + at + revision.replace("/", "-"))
-
-
-def parse_size(text: str) -> int:
-    """The bytes that `4GiB` or `500MB` names.
-
-    Raises:
-        InputError: it is not written so.
-    """
-    units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise InputError(f"size {text!r} is not understood: write it as in 4GiB or 500MB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** units[unit.upper()])
-
-
-def _neuron(text: str) -> tuple[int, int]:
-    layer, dot, index = text.partition(".")
-    if not (dot and layer.isdecimal() and index.isdecimal()):
-        raise InputError(f"neuron {text!r} is not understood: write layer.neuron, as in 5.123")
-    return int(layer), int(index)

@@ -138,6 +138,12 @@ class FFN:
             wide, keys=wide.keys * gauge[:, None], key_bias=key_bias, values=wide.values / gauge[:, None]
         )
 
+    @property
+    def weighing(self) -> Callable[[Float[Tensor, "*n d_mlp"]], Float[Tensor, "*n d_mlp"]]:
+        """Makes of the layer's hidden activations what `canonical` has in their place."""
+        gauge = self.gauge
+        return (lambda hidden: hidden) if self.gates is None else (lambda hidden: hidden * gauge)
+
     def folded(self, around: Folding) -> FFN:
         """The layer with the norms around it taken into its weights: new tensors, in float32 at least.
 

@@ -15,8 +15,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .errors import InputError
+from .ffn import FFN
 from .memory import keep_freed
-from .models import Model, Tap, context_length, plain, taps
+from .models import Model, Tap, context_length, ffns, plain, taps
 from .placement import input_device
 
 _Item = TypeVar("_Item")
@@ -38,6 +39,16 @@ def choose_layers(model: Model, layers: Sequence[int] | None = None) -> list[Tap
             there = f"{min(available)} to {max(available)}"
             raise InputError(f"layer {layer} is not there: the FFNs are in layers {there}; choose among them")
     return [tap for layer, tap in available.items() if layers is None or layer in layers]
+
+
+def choose_ffns(model: Model, layers: Sequence[int] | None = None) -> list[FFN]:
+    """The FFNs of the layers asked for, in the order of the forward pass, with the weights as they are.
+
+    Raises:
+        InputError: a layer that has no FFN or is not there.
+    """
+    chosen = {tap.layer for tap in choose_layers(model, layers)}
+    return [ffn for ffn in ffns(model) if ffn.layer in chosen]
 
 
 def evenly(items: Sequence[_Item], n: int) -> list[_Item]:

@@ -15,19 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ffnprobe.check import ModelCheck as ModelCheck
 from ffnprobe.check import check
+from ffnprobe.checkpoint import DENSE, first_line, read, refuse_tokenizer, refuse_weights, rows_of
 from ffnprobe.errors import InputError, ModelRefused
 from ffnprobe.ffn import FFN, Folding
 from ffnprobe.hub import BUILT_IN as BUILT_IN
@@ -44,7 +37,7 @@ from ffnprobe.placement import (
     refuse_split_layers,
 )
 from ffnprobe.taps import Tap as Tap
-from ffnprobe.taps import activations, recording
+from ffnprobe.taps import activations
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,24 +93,26 @@ def load_model(
     else:
         folder, gguf = locate(spec, say)
         name = str(spec) if str(spec) in BUILT_IN or not Path(spec).exists() else Path(spec).resolve().name
-        hf, tokenizer = _read(folder, gguf, name, dtype, device_map, tokenizer)
+        hf, tokenizer = read(folder, gguf, name, dtype, device_map, tokenizer)
         note = f"its weights carry the rounding of {gguf}" if gguf else provenance(folder).get("note", "")
     refuse_offloaded(hf, name)
-    _refuse_weights(hf, name)
-    _refuse_tokenizer(hf, tokenizer, name)
+    refuse_weights(hf, name)
+    refuse_tokenizer(hf, tokenizer, name)
     hf.eval()
     default = hf.device if isinstance(spec, PreTrainedModel) else "cuda" if torch.cuda.is_available() else "cpu"
     if dispatched(hf) and device is not None:
         raise InputError(f"{name} is spread over devices already: leave out device")
     if device_map is None and not dispatched(hf):
         nn.Module.to(hf, torch.device(device or default))
-    with quiet():
-        twin = _share(hf)
-        _attention(hf, "eager")  # the bridge's hooks read the attention pattern
-        _attention(twin, "sdpa")
-        bridge = _boot(hf, tokenizer, name)
-    _LOADED[bridge] = _Loaded(twin, tokenizer, name, note)
-    refuse_split_layers(taps(bridge), name)
+    bridge = _boot(hf, tokenizer, name, note)
+    result = _self_check(bridge)
+    if refuse and not result.ok:
+        raise ModelRefused(f"{name} failed the self-check: {result.problems[0]}: choose another model")
+    return bridge
+
+
+def _self_check(bridge: TransformerBridge) -> ModelCheck:
+    twin, name = plain(bridge), _loaded(bridge).name
     try:
         result = check_model(bridge)
     except RuntimeError as error:
@@ -125,95 +120,12 @@ def load_model(
             raise
         # OLMo 2's attention, for one, mixes precisions in transformer_lens 4.3.0
         raise ModelRefused(
-            f"transformer_lens cannot run {name} in {dtype_name(twin)} ({_line(error)}): use float32"
+            f"transformer_lens cannot run {name} in {dtype_name(twin)} ({first_line(error)}): use float32"
         ) from error
     if not result.ok and twin.config._attn_implementation != "eager":
         _attention(twin, "eager")  # sdpa may leave out what a family does to its attention scores
         result = check_model(bridge)
-    if refuse and not result.ok:
-        raise ModelRefused(f"{name} failed the self-check: {result.problems[0]}: choose another model")
-    return bridge
-
-
-def _read(
-    folder: Path,
-    gguf: str | None,
-    name: str,
-    dtype: torch.dtype,
-    device_map: DeviceMap | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    source |= {"gguf_file": gguf} if gguf else {}
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, **source)
-        except Exception as error:  # whatever a torn file makes the libraries raise
-            raise InputError(f"{name} has no readable configuration ({_line(error)}): {_AGAIN}") from error
-        if experts := _experts(config):  # before the weights are read, because a mixture is large
-            raise ModelRefused(f"{name} is a mixture of experts ({experts}): {_DENSE}")
-        if config.is_encoder_decoder:
-            raise ModelRefused(f"{name} is an encoder-decoder ({config.model_type}), not one stack: {_DENSE}")
-        masked = any(a.endswith("ForMaskedLM") for a in config.architectures or [])
-        auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        try:
-            hf, report = auto.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map=device_map,
-                use_safetensors=True,
-                output_loading_info=True,
-                **source,
-            )
-        except Exception as error:
-            remedy = _AGAIN if device_map is None else f"correct device_map ({device_map!r}), or {_AGAIN}"
-            raise InputError(f"{name} could not be read ({_line(error)}): {remedy}") from error
-        if missing := sorted(report["missing_keys"]):
-            # transformers would go on with random numbers in their place
-            raise ModelRefused(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: {_AGAIN}")
-        try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, **source)
-        except Exception as error:
-            raise InputError(f"{name} has no readable tokenizer ({_line(error)}): pass tokenizer=") from error
-    return hf, tokenizer
-
-
-def _experts(config: PretrainedConfig) -> str | None:
-    sizes = {k: v for k, v in config.to_dict().items() if k.endswith("experts") and isinstance(v, int)}
-    return next((f"{k} = {v}" for k, v in sizes.items() if v > 1), None)
-
-
-_AGAIN = "save or download it again"
-_DENSE = "choose a model with dense feed-forward layers"
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _refuse_weights(hf: PreTrainedModel, name: str) -> None:
-    for tensor, weight in hf.named_parameters():
-        if not (finite := torch.isfinite(weight)).all():
-            bad = f"{int((~finite).sum())} of {weight.numel()}"
-            raise ModelRefused(f"{name}: {tensor} is NaN or infinite in {bad} entries: {_AGAIN}")
-
-
-def _refuse_tokenizer(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    if not tokenizer.encode("a cat", add_special_tokens=False):
-        # transformers makes an empty one where the files are missing
-        raise InputError(f"{name} has an empty tokenizer: give the tokenizer that belongs to this model")
-    rows = _rows(hf)
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    if largest >= rows:
-        raise InputError(
-            f"{name}: the tokenizer's ids reach {largest} ({token!r}), the vocabulary has {rows} rows: "
-            "give the tokenizer that belongs to this model"
-        )
-
-
-def _rows(hf: PreTrainedModel) -> int:
-    embedding: Any = hf.get_input_embeddings()
-    return embedding.weight.shape[0]
+    return result
 
 
 def _share(hf: PreTrainedModel) -> PreTrainedModel:
@@ -228,7 +140,18 @@ def _attention(hf: PreTrainedModel, kind: str) -> None:
         log.debug("%s has no %s attention", type(hf).__name__, kind)
 
 
-def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> TransformerBridge:
+def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, note: str) -> TransformerBridge:
+    with quiet():
+        twin = _share(hf)
+        _attention(hf, "eager")  # the bridge's hooks read the attention pattern
+        _attention(twin, "sdpa")
+        bridge = _wrap(hf, tokenizer, name)
+    _LOADED[bridge] = _Loaded(twin, tokenizer, name, note)
+    refuse_split_layers(taps(bridge), name)
+    return bridge
+
+
+def _wrap(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> TransformerBridge:
     # transformer_lens adds tokens to the tokenizer it is given, and reloads it (from the hub, if need be)
     # unless it says that it adds a BOS
     tokenizer = copy.deepcopy(tokenizer)
@@ -239,15 +162,15 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) ->
         )  # "./": a bare name could be one of its aliases
     except (ValueError, AttributeError, RuntimeError, KeyError, TypeError) as error:
         raise ModelRefused(
-            f"transformer_lens cannot wrap {name} ({type(hf).__name__}; {_line(error)[:120]}): {_DENSE}"
+            f"transformer_lens cannot wrap {name} ({type(hf).__name__}; {first_line(error)[:120]}): {DENSE}"
         ) from error
     if not hasattr(bridge, "blocks") or not any(hasattr(block, "mlp") for block in bridge.blocks):
-        raise ModelRefused(f"{name} ({type(hf).__name__}) has no feed-forward layers: {_DENSE}")
+        raise ModelRefused(f"{name} ({type(hf).__name__}) has no feed-forward layers: {DENSE}")
     for layer, block in enumerate(bridge.blocks):
         mlp = getattr(block, "mlp", None)
         if mlp is not None and not (hasattr(mlp, "in") and hasattr(mlp, "out")):
             what = "a mixture of experts" if "MoE" in type(mlp).__name__ else f"a {type(mlp).__name__}"
-            raise ModelRefused(f"{name}: the feed-forward of layer {layer} is {what}: {_DENSE}")
+            raise ModelRefused(f"{name}: the feed-forward of layer {layer} is {what}: {DENSE}")
     return bridge
 
 
@@ -275,7 +198,7 @@ def describe(model: TransformerBridge) -> dict[str, str | int]:
         "architecture": type(twin).__name__,
         "d_model": model.cfg.d_model,
         "n_layers": len(model.blocks),
-        "d_vocab": _rows(twin),
+        "d_vocab": rows_of(twin),
         "dtype": dtype_name(twin),
         "note": note,
     }
@@ -336,7 +259,7 @@ def ffns(model: TransformerBridge, view: str = "raw") -> list[FFN]:
         raise InputError(f'view "{view}" is unknown: choose from {", ".join(VIEWS)}')
     read = taps(model)
     found = []
-    for tap, activation in zip(read, activations(plain(model), read, _few_tokens(model)), strict=True):
+    for tap, activation in zip(read, activations(plain(model), read, few_tokens(model)), strict=True):
         keys, key_bias = _matrix(tap.up)
         gates, gate_bias = (None, None) if tap.gate is None else _matrix(tap.gate)
         if tap.fused:
@@ -357,7 +280,7 @@ def foldings(model: TransformerBridge) -> dict[int, Folding]:
         ModelRefused: what a layer reads is not what a norm wrote, though the block has norms in front.
     """
     read, found = taps(model), {}
-    norms = norms_before(plain(model), read, _few_tokens(model))
+    norms = norms_before(plain(model), read, few_tokens(model))
     for tap, block in zip(read, (b for b in model.blocks if getattr(b, "mlp", None) is not None), strict=True):
         behind, norm, like = output_gain(model, tap.layer), norms[tap.layer], _matrix(tap.up)[0][:1]
         if norm is not None:
@@ -375,7 +298,7 @@ def foldings(model: TransformerBridge) -> dict[int, Folding]:
 
 def check_model(model: TransformerBridge) -> ModelCheck:
     """The self-check that every load runs; see check.py."""
-    return check(model, plain(model), taps(model), ffns(model), _few_tokens(model))
+    return check(model, plain(model), taps(model), ffns(model), few_tokens(model))
 
 
 def _matrix(projection: nn.Module) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
@@ -386,9 +309,9 @@ def _matrix(projection: nn.Module) -> tuple[Float[Tensor, "out in"], Float[Tenso
     return matrix, None if bias is None else bias.detach()
 
 
-def _few_tokens(model: TransformerBridge) -> Int[Tensor, "2 9"]:
+def few_tokens(model: TransformerBridge) -> Int[Tensor, "2 9"]:
     """Two sequences that hold the first and the last id."""
-    rows = _rows(plain(model))
+    rows = rows_of(plain(model))
     ids = torch.randint(rows, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[0, 3], ids[1, 5] = 0, rows - 1
     return ids.to(input_device(plain(model)))
@@ -420,54 +343,3 @@ def output_gain(model: TransformerBridge, layer: int) -> Float[Tensor, " d_model
         return None
     norm: Any = plain(model).get_submodule(block.name).get_submodule(block.ln2_post.name)
     return measure(norm, norm.weight.detach()[None]).gain
-
-
-def why_illegible(model: TransformerBridge) -> str | None:
-    """Why values cannot be read in the vocabulary; None where they can."""
-    try:
-        unembedding(model)
-    except ModelRefused as error:
-        return str(error)
-    return None
-
-
-def unembedding(model: TransformerBridge, view: str = "folded") -> Float[Tensor, "d_vocab d_model"]:
-    """The direction of each token in the vocabulary: `values @ unembedding.T` reads values as tokens.
-
-    raw: the unembedding matrix as stored (a view; where embeddings are tied it is W_E too).
-    folded: each column times the final norm's gain, found by probing the norm (Gemma's is 1 + weight);
-    then, if that norm is a LayerNorm, each row centred over d_model, because a LayerNorm's output has
-    mean 0; then each column centred over the vocabulary, because a constant on all logits changes no
-    probability (left out where logits are capped: there it would). The biases of the norm and of the
-    unembedding, and multipliers of all logits, are left out of both. The folded one is in float32 at least.
-
-    Refused where the last block's output does not reach the unembedding through one norm: BERT has a
-    dense layer and a GELU in between, OPT-350m a projection.
-    """
-    if view not in VIEWS:
-        raise InputError(f'view "{view}" is unknown: choose from {", ".join(VIEWS)}')
-    twin = plain(model)
-    head: Any = twin.get_output_embeddings()
-    if head is None:
-        raise ModelRefused(f"{_loaded(model).name} has no unembedding: choose a language model")
-    rows = head.weight.detach()
-    if view == "raw":
-        return rows
-    norm = twin.get_submodule(model.ln_final.name) if hasattr(model, "ln_final") else None
-    block = twin.get_submodule(model.blocks[-1].name)
-    path = [module for module in (block, norm, head) if module is not None]
-    with recording(dict(enumerate(path))) as calls, torch.inference_mode():
-        twin(_few_tokens(model))
-    if norm is None or not all(torch.equal(calls[i][0][1], calls[i + 1][0][0]) for i in (0, 1)):
-        raise ModelRefused(
-            f"{_loaded(model).name} has other than one norm between its last block and its unembedding, so "
-            "values cannot be read in the vocabulary"
-        )
-    gain, _, centres = measure(norm, rows)
-    wide = torch.promote_types(rows.dtype, torch.float32)  # the order of tokens is that of close numbers
-    folded = rows.to(wide) * gain.to(wide)
-    if centres:
-        folded = folded - folded.mean(dim=1, keepdim=True)
-    if not model.cfg.output_logits_soft_cap > 0:
-        folded = folded - folded.mean(dim=0, keepdim=True)
-    return folded

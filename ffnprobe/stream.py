@@ -17,6 +17,7 @@ from torch import Tensor
 from .backoff import backing_off
 from .corpus import Tokens
 from .errors import InputError
+from .forward import choose_ffns as choose_ffns
 from .forward import choose_layers as choose_layers
 from .forward import forward
 from .memory import apart

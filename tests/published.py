@@ -13,9 +13,10 @@ from ffnprobe import spectrum as sp
 from ffnprobe.analyzers.vocabulary_moments import Vocabulary
 from ffnprobe.corpus import Tokens
 from ffnprobe.errors import InputError, MachineError
-from ffnprobe.models import Model, plain, tokenizer_of, unembedding
+from ffnprobe.models import Model, plain, tokenizer_of
 from ffnprobe.statistics import Moments
 from ffnprobe.stream import Probe
+from ffnprobe.unembedding import unembedding
 
 FOLDERS = "FFNPROBE_HUB"  # a folder that holds models as OWNER--NAME or NAME, saved by save_pretrained
 TEXTS = Path(__file__).parent / "hub" / "nerve_texts.txt"

@@ -14,9 +14,10 @@ import zoo
 from safetensors.torch import load_file, save_file
 
 from ffnprobe.analyzers.expansion_controls import STATES
-from ffnprobe.cli import main, parse_layers, parse_size
+from ffnprobe.cli import main
 from ffnprobe.errors import InputError
 from ffnprobe.family import MEMBERS
+from ffnprobe.options import parse_layers, parse_size
 from ffnprobe.report.analyses import ANALYSES
 from ffnprobe.report.build import FAMILY
 

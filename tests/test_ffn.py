@@ -97,6 +97,10 @@ def test_canonical_is_the_same_function_whatever_the_scale_and_sign_of_its_neuro
         torch.testing.assert_close(one.values.norm(dim=1), torch.ones(ffn.d_mlp))
 
 
+def test_weighing_makes_hidden_activations_those_of_canonical(ffn: FFN, x: torch.Tensor):
+    torch.testing.assert_close(ffn.weighing(ffn.hidden(x)), ffn.canonical().hidden(x))
+
+
 def test_canonical_leaves_a_plain_layer_alone(gpt2):
     ffn = ffns(gpt2)[0]
     assert ffn.canonical() is ffn

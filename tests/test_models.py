@@ -20,19 +20,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from ffnprobe import hub, models
 from ffnprobe.check import check
 from ffnprobe.errors import InputError, MachineError, ModelRefused
-from ffnprobe.models import (
-    check_model,
-    describe,
-    ffns,
-    load_model,
-    output_gain,
-    plain,
-    taps,
-    tokenizer_of,
-    unembedding,
-)
+from ffnprobe.models import check_model, describe, ffns, load_model, output_gain, plain, taps, tokenizer_of
 from ffnprobe.norms import norms_before
 from ffnprobe.taps import recording
+from ffnprobe.unembedding import unembedding
 
 ModelOf = Callable[[str], TransformerBridge]
 FolderOf = Callable[[str], Path]

@@ -12,17 +12,19 @@ import ffnprobe
 ROOT = Path(ffnprobe.__file__).parent
 RANKS = (
     ("errors", "spectrum", "family", "scaling", "regression"),
-    ("disk", "shipped", "ffn", "clustering", "statistics", "vocabulary", "backoff", "memory"),
+    ("progress", "disk", "shipped", "ffn", "clustering", "statistics", "vocabulary", "backoff", "memory"),
     ("result", "figure", "taps", "hub", "lock", "tensors"),
     ("check", "manifest", "norms", "placement"),
+    ("checkpoint",),
     ("models", "corpus", "executors"),
-    ("forward", "fingerprint"),
+    ("forward", "fingerprint", "unembedding"),
     ("sinks",),
     ("stream",),
     ("shards", "intervene"),
     ("run", "attribution"),
     ("analyzers",),
     ("report",),
+    ("options",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -21,10 +21,11 @@ from ..corpus import Corpus, Tokens
 from ..errors import InputError
 from ..ffn import FFN
 from ..figure import GREY, caption, legend_below, new_figure, styled
-from ..models import Model, ffns, output_gain, tokenizer_of, unembedding
+from ..models import Model, output_gain, tokenizer_of
 from ..result import Result, column
 from ..statistics import TopActivations
-from ..stream import Probe, choose_layers, collect, settings_of
+from ..stream import Probe, choose_ffns, collect, settings_of
+from ..unembedding import unembedding
 from .cluster_figure import MARK
 from .cluster_quality import best, permuted
 from .hidden_rank import check_documents
@@ -166,8 +167,7 @@ def cluster_labels(
     """
     check_documents(tokens)
     topics = _topics(tokens, corpus)
-    wanted = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in wanted]
+    measured = choose_ffns(model, layers)
     keep: dict[str, Any] = {"triggers": triggers, "neurons": neurons, "budget": budget, "seed": seed}
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, **keep), **collecting)

@@ -15,9 +15,9 @@ from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, caption, legend_below, new_figure, styled
 from ..forward import evenly
 from ..intervene import check_causal
-from ..models import Model, ffns
+from ..models import Model
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
-from ..stream import choose_layers, collect, settings_of
+from ..stream import choose_ffns, collect, settings_of
 from .contraction_account import account
 from .contraction_cuts import CUT, ENOUGH, Cuts, columns, cut
 from .hidden_rank import check_documents
@@ -208,11 +208,11 @@ def contraction(
     if causal_layers is None or causal_layers:
         check_causal(model)
     check_documents(tokens)
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
-    to_cut = evenly(sorted(chosen), CUT) if causal_layers is None else list(causal_layers)
-    if unknown := set(to_cut) - chosen:
-        raise InputError(f"layer {min(unknown)} cannot be cut: choose among those measured, {sorted(chosen)}")
+    measured = choose_ffns(model, layers)
+    chosen = [ffn.layer for ffn in measured]
+    to_cut = evenly(chosen, CUT) if causal_layers is None else list(causal_layers)
+    if unknown := set(to_cut) - set(chosen):
+        raise InputError(f"layer {min(unknown)} cannot be cut: choose among those measured, {chosen}")
     text = tokens.held_out(held_out)[1] if to_cut else tokens
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, to_cut, seed, budget), **collecting)

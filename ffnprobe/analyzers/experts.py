@@ -15,10 +15,10 @@ from ..errors import InputError
 from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREY, ORANGE, caption, legend_below, new_figure, styled
 from ..intervene import check_causal, losses
-from ..models import Model, ffns
+from ..models import Model
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Marginals, Sample
-from ..stream import SINK_FACTOR, Probe, choose_layers, collect, settings_of
+from ..stream import SINK_FACTOR, Probe, choose_ffns, collect, settings_of
 from .kept_experts import (
     ARMS,
     CLUSTERS,
@@ -209,8 +209,7 @@ def experts(
     if min(clusters, draws, sample, loss_tokens) < 1:
         raise InputError(f"got clusters={clusters}, draws={draws}, sample={sample}: give at least 1 of each")
     check_causal(model)
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    measured = choose_ffns(model, layers)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, sample, seed), **collecting)
     document = tokens.document.flatten()

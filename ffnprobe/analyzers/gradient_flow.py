@@ -18,10 +18,10 @@ from ..corpus import Tokens
 from ..errors import InputError
 from ..ffn import ACTIVATIONS, FFN
 from ..figure import BLACK, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..models import Model, ffns
+from ..models import Model
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Sample
-from ..stream import Probe, choose_layers, collect, settings_of
+from ..stream import Probe, choose_ffns, collect, settings_of
 from .gradient_passage import Passed, gradient_norms
 from .jacobian import Exact, hutchinson, jacobian
 
@@ -212,8 +212,7 @@ def gradient_flow(
     """
     if sampled < 1:
         raise InputError(f"got sampled={sampled}: give at least 1 token a layer")
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    measured = choose_ffns(model, layers)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, sampled, seed), **collecting)
     passed: dict[int, Passed] = {}

@@ -15,11 +15,11 @@ from torch import Tensor
 from ..corpus import Tokens
 from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..models import Model, ffns
+from ..models import Model
 from ..regression import HeldOut, Paired, cross_fitted
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import QuadraticMoments, Sample
-from ..stream import Probe, choose_layers, collect, settings_of
+from ..stream import Probe, choose_ffns, collect, settings_of
 from .affine_probes import HALVES, SITES, Beside, besides, ordinary, written
 from .affine_probes import probes as affine_probes
 from .bilinear import bilinear
@@ -218,8 +218,7 @@ def interactions(
     Raises:
         InputError: a layer that is not there, a single document, or a budget that is too small.
     """
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    measured = choose_ffns(model, layers)
     check_documents(tokens)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, seed, budget, components), **collecting)

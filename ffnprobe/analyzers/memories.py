@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from ..corpus import Tokens, context
 from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..models import Model, ffns, output_gain, tokenizer_of, unembedding
+from ..models import Model, output_gain, tokenizer_of
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import FiringRate, TopActivations
-from ..stream import Probe, choose_layers, collect, settings_of
+from ..stream import Probe, choose_ffns, collect, settings_of
+from ..unembedding import unembedding
 from ..vocabulary import read_values
 
 GROUPS = (8, 32)  # positions in a document at which a new group begins
@@ -225,8 +226,7 @@ def memories(
     Raises:
         InputError: a layer that is not there.
     """
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    measured = choose_ffns(model, layers)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, triggers), **collecting)
     vocabulary, tokenizer = unembedding(model), tokenizer_of(model)

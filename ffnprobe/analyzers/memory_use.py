@@ -17,12 +17,13 @@ from ..errors import InputError
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
 from ..forward import showing
 from ..intervene import block_outputs
-from ..models import Model, ffns, plain, unembedding
+from ..models import Model, ffns, plain
 from ..placement import input_device
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..sinks import find_sinks, flat_index, not_finite
 from ..stream import BATCH, SINK_FACTOR, choose_layers, settings_of
 from ..taps import Tap, flat
+from ..unembedding import unembedding
 from .token_reads import Reads
 
 ALL = "all"

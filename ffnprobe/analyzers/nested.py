@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, ClassVar
@@ -15,11 +15,11 @@ from .. import spectrum as sp
 from ..corpus import Tokens
 from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..models import Model, ffns
+from ..models import Model
 from ..result import Result, column
 from ..scaling import Scaling, fit_scaling
 from ..statistics import Marginals, Moments
-from ..stream import Probe, choose_layers, collect, settings_of
+from ..stream import Probe, choose_ffns, collect, settings_of
 
 CRITERIA = {"random": BLUE, "contribution": BLACK, "variance": ORANGE}
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -96,13 +96,10 @@ def probes(layers: Sequence[FFN]) -> dict[str, Probe]:
     """What `nested` needs of one pass over the tokens."""
     wanted = {}
     for ffn in layers:
-        gauge = ffn.gauge
+        weighed = ffn.weighing
 
-        def weighed(h: Tensor, gauge: Tensor = gauge, gated: bool = ffn.gated) -> Tensor:
-            return h * gauge if gated else h
-
-        def size(h: Tensor, gauge: Tensor = gauge, gated: bool = ffn.gated) -> Tensor:
-            return (h * gauge if gated else h).abs()
+        def size(h: Tensor, weighed: Callable[[Tensor], Tensor] = weighed) -> Tensor:
+            return weighed(h).abs()
 
         wanted[f"nested/{ffn.layer}/post"] = Probe(ffn.layer, "post", Moments.about, of=weighed)
         wanted[f"nested/{ffn.layer}/size"] = Probe(ffn.layer, "post", Marginals.about, of=size)
@@ -132,8 +129,7 @@ def nested(
     Raises:
         InputError: a layer that is not there.
     """
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    measured = choose_ffns(model, layers)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured), **collecting)
     random = torch.Generator().manual_seed(seed)

@@ -15,9 +15,9 @@ from ..errors import InputError
 from ..ffn import FFN
 from ..figure import styled
 from ..forward import evenly
-from ..models import Model, ffns
+from ..models import Model
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond
-from ..stream import choose_layers, collect, settings_of
+from ..stream import choose_ffns, collect, settings_of
 from .cluster_figure import draw
 from .cluster_quality import Judge
 from .cluster_rows import Row as Row
@@ -182,8 +182,7 @@ def neuron_clusters(
             f"got candidates {list(candidates)}, seeds {seeds}: give numbers of clusters and seeds from 2"
         )
     check_documents(tokens)
-    wanted = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in wanted]
+    measured = choose_ffns(model, layers)
     keep: dict[str, Any] = {"co_activity": co_activity, "neurons": neurons, "budget": budget, "seed": seed}
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, **keep), **collecting)

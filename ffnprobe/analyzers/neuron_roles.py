@@ -14,9 +14,10 @@ from scipy.stats import chi2
 
 from ..corpus import Tokens
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, caption, legend_below, new_figure, styled
-from ..models import Model, ffns, foldings, tokenizer_of, unembedding
+from ..models import Model, foldings, tokenizer_of
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond
-from ..stream import choose_layers, collect, settings_of
+from ..stream import choose_ffns, collect, settings_of
+from ..unembedding import unembedding
 from .detectors import chance
 from .memories import word
 from .roles import ROLES, Read, Row, Rules, layer_rows, probes, vocabulary_roles
@@ -245,8 +246,7 @@ def neuron_roles(
         InputError: a layer that is not there.
         ModelRefused: values cannot be read in the vocabulary, or no norm can be folded.
     """
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    measured = choose_ffns(model, layers)
     vocabulary, around = Vocabulary.of(unembedding(model)), foldings(model)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, tokens.ids.shape[1], triggers, ranges), **collecting)

@@ -15,9 +15,10 @@ from ..clustering import similarity
 from ..errors import InputError
 from ..ffn import FFN
 from ..forward import evenly
-from ..models import Model, output_gain, unembedding, why_illegible
+from ..models import Model, output_gain
 from ..statistics import CoActivation
 from ..stream import Probe
+from ..unembedding import unembedding, why_illegible
 
 VIEWS = ("keys", "gates", "values", "vocabulary", "co-activation")
 BUDGET = 2**28  # bytes of co-activation, all layers together

@@ -16,11 +16,11 @@ from ..corpus import Tokens
 from ..ffn import ACTIVATIONS
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
 from ..forward import evenly
-from ..models import Model, ffns
+from ..models import Model
 from ..regression import AffineMap, Paired, fit, held_out
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Moments
-from ..stream import choose_layers, collect, settings_of
+from ..stream import choose_ffns, collect, settings_of
 from .affine_loss import NO_LOSS, Loss, affine_losses
 from .affine_probes import HALVES, Beside, besides, everything, ordinary, writing, written
 from .affine_probes import probes as probes
@@ -228,8 +228,7 @@ def nonlinearity(
     Raises:
         InputError: a layer that is not there, a single document, or a budget that is too small.
     """
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    measured = choose_ffns(model, layers)
     check_documents(tokens)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, seed, budget), **collecting)

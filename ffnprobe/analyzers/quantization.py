@@ -15,10 +15,10 @@ from ..errors import InputError
 from ..ffn import FFN
 from ..figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, caption, legend_below, new_figure, styled
 from ..forward import evenly
-from ..models import Model, ffns
+from ..models import Model
 from ..result import FEWEST_LAYERS, Result, Verdict, beyond, column
 from ..statistics import Sample
-from ..stream import Probe, choose_layers, collect, settings_of
+from ..stream import Probe, choose_ffns, collect, settings_of
 from .codebooks import Halves
 from .coded_layer import AFFINE, FEWEST_CODES, KEPT, OF_H, OF_X, RIDGE, SIGNS, STRONGEST, TOP, coded_rows
 
@@ -218,10 +218,9 @@ def quantization(
     Raises:
         InputError: a layer that is not there, or fewer than 32 tokens in a half of the documents.
     """
-    chosen = [tap.layer for tap in choose_layers(model, layers)]
+    measured = choose_ffns(model, layers)
     if layers is None:
-        chosen = evenly(chosen, SPREAD)
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+        measured = evenly(measured, SPREAD)
     if statistics is None:
         statistics = collect(model, tokens, probes(measured, sample, seed), **collecting)
     document = tokens.document.flatten()
@@ -236,7 +235,8 @@ def quantization(
         halves = Halves(fit.x, test.x)
         rows += [Row(**row) for row in coded_rows(ffn, halves, document[test.at.cpu()], seed)]
     settings = settings_of(model, tokens, seed, **collecting)
-    settings |= {"arm": measured[0].arm, "sample": sample, "layers": chosen, "ridge": RIDGE, "weights": "raw"}
+    settings |= {"arm": measured[0].arm, "layers": [ffn.layer for ffn in measured]}
+    settings |= {"sample": sample, "ridge": RIDGE, "weights": "raw"}
     return Quantization(rows, settings)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
@@ -37,7 +37,7 @@ def probes(layers: Sequence[FFN], seed: int = 0, budget: int = BUDGET) -> dict[s
                 probe = Probe(ffn.layer, "in", Moments.about, of=_Reading(ffn, site))
             elif site == "post":
                 probe = replace(probe, make=matched.trained if k else Moments.about)
-                probe = replace(probe, of=_scaling(ffn)) if ffn.gated else probe
+                probe = replace(probe, of=ffn.weighing) if ffn.gated else probe
             wanted |= {f"{prefix}/{site}/{half}": replace(probe, block=(half, 2)) for half in (0, 1)}
             wanted[f"{prefix}/{site}/dropped"] = replace(probe, kinds=("sink", "special"))
         make = matched.null if k else Moments.about
@@ -129,11 +129,6 @@ class _Reading:
     def __call__(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n k"]:
         matrix, offset = self.triangle
         return x.to(matrix.dtype) @ matrix.mT + offset
-
-
-def _scaling(ffn: FFN) -> Callable[[Tensor], Tensor]:
-    gauge = ffn.gauge
-    return lambda hidden: hidden * gauge
 
 
 class _Null:

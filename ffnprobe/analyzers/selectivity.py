@@ -50,7 +50,7 @@ def probes(
     to_cut = evenly([ffn.layer for ffn in layers], CUT) if causal_layers is None else causal_layers
     wanted = {}
     for ffn in layers:
-        weighed, name = _weighing(ffn), f"contraction/{ffn.layer}"
+        weighed, name = ffn.weighing, f"contraction/{ffn.layer}"
         if ffn.layer in to_cut:
             wanted[f"{name}/size"] = Probe(ffn.layer, "post", Marginals.about, of=_sizing(ffn))
         if budget is None:
@@ -140,11 +140,6 @@ def _ranks(spectrum: Float[Tensor, " k"]) -> tuple[float, float]:
 def _halves(statistics: Mapping[str, Any], layer: int, site: str) -> list[Any]:
     name = "hidden_rank" if f"hidden_rank/{layer}/{site}/0" in statistics else "contraction"
     return [statistics[f"{name}/{layer}/{site}/{half}"] for half in (0, 1)]
-
-
-def _weighing(ffn: FFN) -> Callable[[Tensor], Tensor]:
-    gauge, gated = ffn.gauge, ffn.gated
-    return lambda hidden: hidden * gauge if gated else hidden
 
 
 def _sizing(ffn: FFN) -> Callable[[Tensor], Tensor]:

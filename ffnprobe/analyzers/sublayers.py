@@ -15,11 +15,12 @@ from ..corpus import Tokens
 from ..errors import ModelRefused
 from ..forward import reading
 from ..intervene import predictable
-from ..models import Model, attention_output, contribution, describe, plain, unembedding
+from ..models import Model, attention_output, contribution, describe, plain
 from ..norms import measure
 from ..placement import input_device
 from ..sinks import find_sinks, not_finite
 from ..taps import Tap, flat, recording
+from ..unembedding import unembedding
 
 EXACT = 1e-3  # of the stream, by which a block may miss the sum of its parts; a narrow dtype by its own rounding
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..ffn import FFN
 from ..figure import GREY, caption, legend_below, new_figure, styled
-from ..models import Model, describe, ffns, tokenizer_of, unembedding
+from ..models import Model, describe, tokenizer_of
 from ..result import Result, column
-from ..stream import choose_layers
+from ..stream import choose_ffns
+from ..unembedding import unembedding
 from .memories import word
 from .weight_rank import MARK
 
@@ -143,7 +144,6 @@ def svd_directions(
     """
     if min(directions, readings) < 1:
         raise InputError(f"got directions={directions}, readings={readings}: give at least 1 of each")
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
     vocabulary, tokenizer = unembedding(model, view), tokenizer_of(model)
     words = [word(tokenizer, i) for i in range(len(vocabulary))]
     random = torch.randn(ALONE, vocabulary.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -151,7 +151,7 @@ def svd_directions(
     null = torch.tensor([reading.kurtosis for reading in read_directions(random, vocabulary, 1)])
     rows = [
         row
-        for ffn in (layer.canonical() for layer in ffns(model) if layer.layer in chosen)
+        for ffn in (layer.canonical() for layer in choose_ffns(model, layers))
         for row in _layer_rows(ffn, vocabulary, words, directions, readings, null)
     ]
     settings = {"model": describe(model)["name"], "weights": "raw", "vocabulary": view, "gap": GAP}

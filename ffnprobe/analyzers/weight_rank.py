@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import spectrum as sp
 from ..ffn import FFN
 from ..figure import BLUE, GREEN, GREY, ORANGE, caption, legend_below, new_figure, styled
-from ..models import Model, describe, ffns
+from ..models import Model, describe
 from ..result import Result, column
-from ..stream import choose_layers
+from ..stream import choose_ffns
 
 MARK = {"keys": ("o-", BLUE), "gates": ("^-", ORANGE), "values": ("s-", GREEN)}
 
@@ -107,11 +107,10 @@ def weight_rank(model: Model, *, layers: Sequence[int] | None = None, draws: int
     Raises:
         InputError: a layer that is not there.
     """
-    chosen = {tap.layer for tap in choose_layers(model, layers)}
     generator = torch.Generator().manual_seed(seed)
     rows = [
         _row(ffn, matrix, rows.detach().cpu().double(), draws, generator)
-        for ffn in (layer.canonical() for layer in ffns(model) if layer.layer in chosen)
+        for ffn in (layer.canonical() for layer in choose_ffns(model, layers))
         for matrix, rows in (("keys", ffn.keys), ("gates", ffn.gates), ("values", ffn.values))
         if rows is not None
     ]

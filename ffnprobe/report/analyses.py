@@ -64,11 +64,12 @@ from ..errors import InputError, ModelRefused
 from ..ffn import FFN
 from ..forward import choose_layers, evenly
 from ..intervene import check_causal, predictable
-from ..models import Model, ffns, foldings, unembedding, why_illegible
+from ..models import Model, ffns, foldings
 from ..result import Result
 from ..shards import Work
 from ..statistics import Statistic
 from ..stream import Probe
+from ..unembedding import unembedding, why_illegible
 from .settings import Settings
 
 HELD_OUT = 512  # tokens on which losses are compared; the scripts of analyses/ take more

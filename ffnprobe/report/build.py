@@ -23,13 +23,13 @@ from ..corpus import LENGTH, pack
 from ..errors import InputError
 from ..executors import Executor
 from ..family import MEMBERS
-from ..models import context_length, describe, ffns, load_model, tokenizer_of
+from ..models import context_length, describe, load_model, tokenizer_of
 from ..result import Result
 from ..run import note, read_run, run
 from ..shards import Work
 from ..shipped import shipped
 from ..statistics import Count, Statistic
-from ..stream import Probe, choose_layers
+from ..stream import Probe, choose_ffns
 from .analyses import ANALYSES, analyses_of, measure
 from .card import NeuronCard
 from .embed import Drawing
@@ -53,8 +53,7 @@ def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     """Load the model and the tokens, and list what all analyzers want of one pass."""
     say(f"loading {settings.model}")
     model = load_model(settings.model, dtype=settings.dtype, device_map=settings.device_map, say=say)
-    chosen = {tap.layer for tap in choose_layers(model, settings.layers)}
-    measured = [ffn for ffn in ffns(model) if ffn.layer in chosen]
+    measured = choose_ffns(model, settings.layers)
     length = min(LENGTH, context_length(model))
     tokens = pack(settings.text(), tokenizer_of(model), tokens=settings.tokens, length=length, seed=settings.seed)
     check_documents(tokens)
@@ -62,7 +61,7 @@ def work_of(settings: Settings, say: Callable[[str], None]) -> Work:
     for analysis in analyses_of(settings, model, tokens, say).values():
         wanted |= analysis.probes(measured, settings, tokens)
     if not wanted:  # nobody asked for activations: they are counted, and the run is one all the same
-        wanted["count"] = Probe(min(chosen), "post", Count.about)
+        wanted["count"] = Probe(measured[0].layer, "post", Count.about)
     say(f"running {len(measured)} layers over {tokens.n:,} tokens of {tokens.n_documents:,} documents")
     return Work(model, tokens, wanted, settings.batch, settings.shard, settings.sink_factor, settings.nonfinite)
 

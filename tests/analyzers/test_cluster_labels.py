@@ -10,8 +10,9 @@ from ffnprobe.analyzers.cluster_labels import ClusterLabels, enrichment
 from ffnprobe.analyzers.memories import word
 from ffnprobe.corpus import Corpus, Document
 from ffnprobe.errors import InputError, ModelRefused
-from ffnprobe.models import ffns, tokenizer_of, unembedding
+from ffnprobe.models import ffns, tokenizer_of
 from ffnprobe.stream import capture
+from ffnprobe.unembedding import unembedding
 
 FEW = {"clusters": 6, "seeds": 2, "permutations": 3}
 

@@ -3,8 +3,9 @@ import torch
 
 from ffnprobe import memories
 from ffnprobe.analyzers.memories import Memories, Row, word
-from ffnprobe.models import ffns, output_gain, plain, tokenizer_of, unembedding
+from ffnprobe.models import ffns, output_gain, plain, tokenizer_of
 from ffnprobe.stream import capture
+from ffnprobe.unembedding import unembedding
 from ffnprobe.vocabulary import read_values
 
 

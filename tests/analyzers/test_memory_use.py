@@ -11,9 +11,10 @@ from ffnprobe.analyzers.memory_use import ALL, CASES, MemoryUse, Row
 from ffnprobe.analyzers.token_reads import Reads, in_use
 from ffnprobe.errors import InputError
 from ffnprobe.intervene import block_outputs
-from ffnprobe.models import contribution, ffns, plain, taps, unembedding
+from ffnprobe.models import contribution, ffns, plain, taps
 from ffnprobe.stream import capture
 from ffnprobe.taps import flat
+from ffnprobe.unembedding import unembedding
 
 
 def reads_of(model, hidden, layer: int = 2) -> dict[str, torch.Tensor]:

@@ -29,9 +29,10 @@ from ffnprobe.clustering import ALGORITHMS, similarity
 from ffnprobe.corpus import Tokens
 from ffnprobe.errors import InputError
 from ffnprobe.forward import evenly
-from ffnprobe.models import ffns, output_gain, unembedding
+from ffnprobe.models import ffns, output_gain
 from ffnprobe.statistics import triangle
 from ffnprobe.stream import capture, collect
+from ffnprobe.unembedding import unembedding
 
 GROUPS = 6
 

@@ -13,8 +13,9 @@ from ffnprobe.analyzers.roles import ROLES, Rules
 from ffnprobe.analyzers.vocabulary_moments import Vocabulary
 from ffnprobe.corpus import Tokens
 from ffnprobe.errors import ModelRefused
-from ffnprobe.models import Model, ffns, unembedding
+from ffnprobe.models import Model, ffns
 from ffnprobe.stream import capture
+from ffnprobe.unembedding import unembedding
 
 D, V, N = 384, 1200, 24  # wide enough that a random value has no role: of random ones the variance is 1 / D
 TRIGGER = 77

@@ -17,7 +17,8 @@ from ffnprobe.analyzers.svd_directions import (
     singular,
 )
 from ffnprobe.errors import InputError
-from ffnprobe.models import ffns, tokenizer_of, unembedding
+from ffnprobe.models import ffns, tokenizer_of
+from ffnprobe.unembedding import unembedding
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
