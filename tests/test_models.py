@@ -17,7 +17,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from ffnprobe import hub, models
+from ffnprobe import checkpoint, hub
 from ffnprobe.check import check
 from ffnprobe.errors import InputError, MachineError, ModelRefused
 from ffnprobe.models import check_model, describe, ffns, load_model, output_gain, plain, taps, tokenizer_of
@@ -276,7 +276,7 @@ def test_a_model_without_dense_feed_forward_layers_is_refused(architecture: str,
 def test_a_mixture_is_known_by_its_modules_too(
     architecture: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(models, "_experts", lambda config: None)
+    monkeypatch.setattr(checkpoint, "_experts", lambda config: None)
     with pytest.raises(ModelRefused, match="the feed-forward of layer 0 is a mixture of experts"):
         load_model(folder_of(architecture))
 
