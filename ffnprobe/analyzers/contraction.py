@@ -287,7 +287,8 @@ def _draw_directions(panel: Any, rows: Sequence[Row]) -> None:
     panel.axhline(ENOUGH, color=GREY, linestyle="--", linewidth=0.8, label=f"{ENOUGH:.0%}")
     panel.set_xscale("log", base=2)
     panel.set(title="h cut to principal directions", xlabel="directions kept")
-    panel.set(ylabel="share of what h gains the loss", ylim=(min(-0.02, panel.get_ylim()[0]), 1.05))
+    low, high = panel.get_ylim()
+    panel.set(ylabel="share of what h gains the loss", ylim=(min(-0.02, low), max(1.05, high)))
 
 
 def _draw_neurons(panel: Any, rows: Sequence[Row]) -> None:

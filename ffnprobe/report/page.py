@@ -22,6 +22,7 @@ from .embed import Drawing
 from .show import show, show_column
 
 LONGEST_TABLE = 200  # rows; a longer one is for a data frame
+KINDS = {str: "text", list: "list"}  # of columns; all others are numbers
 
 
 class About(TypedDict):
@@ -50,9 +51,11 @@ def render(
     """
     style, script = _file("page.css"), _file("page.js")
     answered = claims(results)
-    template = Environment(
+    environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
-    ).from_string(_file("page.html"))
+    )
+    environment.filters |= {"in_words": in_words, "heading": lambda name: _capital(in_words(name))}
+    template = environment.from_string(_file("page.html"))
     return template.render(
         about=about,
         telling=top_findings(results),
@@ -86,16 +89,29 @@ def top_findings(results: Iterable[Result], n: int = 3) -> list[str]:
     return [finding for finding in in_turn if finding is not None][:n]
 
 
+def in_words(name: str) -> str:
+    """An analyzer's name as it stands in a sentence.
+
+    >>> in_words("svd_directions")
+    'SVD directions'
+    """
+    return name.replace("_", " ").replace("svd", "SVD")
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
 def _section(result: Result, drawing: Drawing) -> dict[str, Any]:
     findings = result.findings()
     short = len(result.rows) <= LONGEST_TABLE
     columns = []
     for f in fields(result.row_type):
-        if f.type == "list[float]":  # for a data frame too
+        if str(f.type) in ("list[float]", "list[dict]"):  # for a data frame too
             continue
         values = [getattr(row, f.name) for row in result.rows] if short else []
-        text = any(isinstance(value, str) for value in values)
-        columns.append({**f.metadata, "name": f.name, "text": text, "cells": show_column(values)})
+        kind = next((kind for type_, kind in KINDS.items() if any(isinstance(v, type_) for v in values)), "number")
+        columns.append({**f.metadata, "name": f.name, "kind": kind, "cells": show_column(values)})
     return {
         "result": result,
         "findings": findings,

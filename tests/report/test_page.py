@@ -2,6 +2,7 @@
 
 import re
 from base64 import b64decode, b64encode
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -13,6 +14,7 @@ from jinja2 import UndefinedError
 from ffnprobe.report import render, top_findings, write_page
 from ffnprobe.report.page import CLAIMS
 from ffnprobe.report.show import show
+from ffnprobe.result import column
 
 
 class Page(HTMLParser):
@@ -120,6 +122,22 @@ def test_short_tables_are_on_the_page_and_long_ones_are_named(about, results):
     assert len(page.of("table")) == 1  # 90 rows; the other has 300
     assert page.of("th")[2]["title"] == "hard rank"
     assert "tables/memories.parquet" in page.text
+
+
+@dataclass(frozen=True)
+class Listed:
+    layer: int = column("", "")
+    kept: list[int] = column("directions", "")
+    added: list[float] = column("nats", "a number a direction")
+    agreement: list[dict] = column("", "")
+
+
+def test_whole_numbers_in_a_list_stand_in_a_wide_cell_and_series_are_for_data_frames(about, results, monkeypatch):
+    monkeypatch.setattr(type(results[1]), "row_type", Listed)
+    rows = (Listed(0, [4, 8], [0.1, 0.2], [{"ami": 0.5}]), Listed(1, [], [], []))
+    page = Page(render(about, [replace(results[1], rows=rows)]))
+    assert [cell["class"] for cell in page.of("th") if cell["scope"] == "col"] == ["number", "list"]
+    assert "4, 8" in page.text and "ami" not in page.text
 
 
 def test_headings_step_down_one_at_a_time(about, results, neurons):
