@@ -113,9 +113,9 @@ class HeldOut:
 
 def held_out(parts: Sequence[Paired], maps: Sequence[AffineMap]) -> HeldOut:
     """How well the map of each of two parts does on the other one."""
-    error = [mean_square_error(found, part) for found, part in zip(reversed(maps), parts, strict=True)]
-    n = torch.tensor([part.n for part in parts], dtype=torch.float64)
-    return HeldOut(n, torch.stack(error), torch.stack([part.variance for part in parts]))
+    error = torch.stack([mean_square_error(found, p) for found, p in zip(reversed(maps), parts, strict=True)])
+    n = error.new_tensor([part.n for part in parts], dtype=torch.float64)
+    return HeldOut(n, error, torch.stack([part.variance for part in parts]))
 
 
 def cross_fitted(parts: Sequence[Paired]) -> HeldOut:

@@ -97,6 +97,22 @@ class Work:
         )
 
 
+class Placed(Mapping[str, Statistic]):
+    """Sums as they were read from disk, each handed out beside the weights of its layer."""
+
+    def __init__(self, sums: Mapping[str, Statistic], devices: Mapping[str, torch.device]) -> None:
+        self.sums, self.devices = sums, devices
+
+    def __getitem__(self, name: str) -> Statistic:
+        return self.sums[name].to(self.devices[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+
 class Maker:
     """Computes shards in this process, each from the pilot on disk, and writes their files."""
 

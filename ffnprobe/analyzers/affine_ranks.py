@@ -9,6 +9,7 @@ import torch
 
 from .. import spectrum as sp
 from ..regression import AffineMap, Paired
+from ..statistics import Moments
 from .affine_probes import HALVES, Beside
 
 RANKS = {"soft_rank": sp.soft_rank, "participation_ratio": sp.participation_ratio}
@@ -20,9 +21,9 @@ def affine_ranks(
 ) -> dict[str, float | None]:
     """Of what the map of the other half says of h, of what it leaves, and of both: covariances of both halves.
 
-    None where the covariance of h did not fit into memory.
+    None where the covariance of h did not fit into memory: it is not there, or a sketch of `hidden_rank`'s.
     """
-    if f"hidden_rank/{beside.ffn.layer}/post/0" not in statistics:
+    if not (beside.whole and isinstance(statistics.get(f"hidden_rank/{beside.ffn.layer}/post/0"), Moments)):
         return dict.fromkeys(measure + part for measure in RANKS for part in PARTS)
     whole, linear, rest = (torch.zeros(beside.ffn.d_mlp, beside.ffn.d_mlp, dtype=torch.float64) for _ in range(3))
     total = sum(part.n for part in parts)

@@ -270,7 +270,7 @@ def layer_row(beside: Beside, statistics: Mapping[str, Any], added: Loss) -> Row
     whole = held_out(unmasked, [fit(part) for part in unmasked])
     h, random = (judged.targets(which) for which in (beside.of_hidden, beside.of_random))
     variance = (h.n @ h.variance)[beside.random_like]
-    reach = ffn.canonical().values.double().norm(dim=1).cpu()[beside.chosen[beside.random_like]]
+    reach = ffn.canonical().values.double().norm(dim=1)[beside.chosen[beside.random_like]]
     x = Moments(statistics[f"hidden_rank/{ffn.layer}/in/0"].state())
     x.merge(statistics[f"hidden_rank/{ffn.layer}/in/1"])
     return Row(

@@ -66,7 +66,7 @@ from ..forward import choose_layers, evenly
 from ..intervene import check_causal, predictable
 from ..models import Model, ffns, foldings
 from ..result import Result
-from ..shards import Work
+from ..shards import Placed, Work
 from ..statistics import Statistic
 from ..stream import Probe
 from ..unembedding import unembedding, why_illegible
@@ -106,7 +106,7 @@ class Inputs:
     @property
     def streamed(self) -> dict[str, Any]:
         """And of those that read what the pass has collected."""
-        return self.collecting | {"statistics": self.statistics}
+        return self.collecting | {"statistics": Placed(self.statistics, self.work.devices())}
 
 
 def _nothing(layers: Sequence[FFN], settings: Settings, tokens: Tokens) -> dict[str, Probe]:

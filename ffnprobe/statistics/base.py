@@ -61,6 +61,16 @@ class Statistic(ABC):
         """The state itself, for who writes it to disk: not a copy, not to be changed."""
         return MappingProxyType(self._state)
 
+    def to(self, device: torch.device) -> Statistic:
+        """The same on a device, but single numbers stay in main memory; itself if it is there."""
+
+        def there(tensor: Tensor) -> bool:
+            return tensor.device == device or (tensor.device.type == "cpu" and not tensor.ndim)
+
+        if all(there(tensor) for tensor in self._state.values()):
+            return self
+        return type(self)({name: t if there(t) else t.to(device) for name, t in self._state.items()})
+
     @property
     def n(self) -> int:
         """Tokens seen."""

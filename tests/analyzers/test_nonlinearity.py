@@ -134,8 +134,7 @@ def test_some_of_the_neurons_do_where_memory_is_short(model, tokens):
     assert torch.allclose(row[:, d + 10 : 2 * d + 10], layers[0].write(hidden))
     assert row[:, beside.of_random.start + d :].shape[1] == 10 == beside.of_random.stop - beside.of_random.start
     # y comes from its own moments then, and is the same y
-    few = {name: probe for name, probe in probes(layers).items() if "/post/" not in name}
-    few |= {name: replace(probe, of=beside) for name, probe in few.items() if "/hidden/" in name}
+    few = {name: replace(p, of=beside) if "/hidden/" in name else p for name, p in probes(layers).items()}
     one = layer_row(Beside(layers[0], layers[0].d_mlp, 0), whole, NO_LOSS)
     other = layer_row(beside, collect(model, text, few), NO_LOSS)
     assert (other.r2, other.r2_unmasked) == pytest.approx((one.r2, one.r2_unmasked), abs=FLOATS)

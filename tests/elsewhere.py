@@ -1,0 +1,121 @@
+"""A second device, played by the processor: what mixes the two fails, as it does on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("elsewhere")
+ELSEWHERE = torch.device("elsewhere:0")
+_aten = torch.ops.aten
+_CARRYING = {_aten._to_copy.default, _aten.copy_.default}  # from one device to the other
+_INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}  # by what lies anywhere
+_IN_PLACE = (torch.matmul, Tensor.matmul, Tensor.__matmul__)  # of a vector: they change a shape in place
+
+
+class Elsewhere(Tensor):
+    """A tensor that says it lies elsewhere."""
+
+    def __new__(cls, inner: Tensor) -> Elsewhere:
+        with torch.inference_mode(False):
+            return Tensor._make_wrapper_subclass(
+                cls,
+                inner.shape,
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=ELSEWHERE,
+            )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
+
+@contextmanager
+def elsewhere() -> Iterator[torch.device]:
+    """Within it, tensors may be made on the other device."""
+    with _Device(), _Vectors():
+        yield ELSEWHERE
+
+
+class _Device(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+class _Vectors(TorchFunctionMode):
+    """Torch's products of vectors drop a dimension in place, which a tensor of another's memory cannot follow."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _IN_PLACE and args[0].ndim == 1 < args[1].ndim:
+            return (args[0][None] @ args[1])[..., 0, :]
+        if func in _IN_PLACE and args[1].ndim == 1 < args[0].ndim:
+            return (args[0] @ args[1][:, None])[..., 0]
+        if func is torch.nn.functional.linear and args[0].ndim == 1:
+            return func(args[0][None], *args[1:], **kwargs)[0]
+        if func in (torch.quantile, Tensor.quantile) and isinstance(args[0], Elsewhere):
+            return Elsewhere(func(args[0].inner, *args[1:], **kwargs))
+        return func(*args, **kwargs)
+
+
+def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    there = [x for x in tensors if isinstance(x, Elsewhere)]
+    here = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
+    anywhere = func in _CARRYING or (func in _INDEXING and isinstance(args[0], Elsewhere))
+    if there and here and not anywhere:
+        raise RuntimeError(f"{func} got tensors on two devices, of shapes {[tuple(x.shape) for x in tensors]}")
+    target = kwargs.get("device")
+    if target is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    kwargs.pop("pin_memory", None)
+    inner_args, inner = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs))
+    found = func(*inner_args, **inner)
+    if func is _aten.copy_.default:
+        return args[0]
+    if not (there if target is None else torch.device(target).type == ELSEWHERE.type):
+        return found
+    changed = {id(x.inner): x for x in there}
+    assert all(x.shape == x.inner.shape for x in there), f"{func} changes a shape in place, which is not played"
+    return tree_map(lambda x: _outside(x, changed) if isinstance(x, Tensor) else x, found)
+
+
+def _outside(inner: Tensor, changed: dict[int, Elsewhere]) -> Elsewhere:
+    if isinstance(inner, Elsewhere):  # one of the kernels below made it
+        return inner
+    return changed[id(inner)] if id(inner) in changed else Elsewhere(inner)
+
+
+def _copy(source: Tensor, to: Elsewhere, non_blocking: bool = False) -> Elsewhere:
+    to.inner.copy_(source.inner if isinstance(source, Elsewhere) else source)
+    return to
+
+
+def _empty_strided(size, stride, dtype=None, **_) -> Elsewhere:
+    return Elsewhere(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _empty(size, dtype=None, **_) -> Elsewhere:
+    return Elsewhere(torch.empty(size, dtype=dtype))
+
+
+_KERNELS = torch.library.Library("aten", "IMPL", "PrivateUse1")  # for torch.tensor, which no mode sees
+_KERNELS.impl("empty_strided", _empty_strided)
+_KERNELS.impl("empty.memory_format", _empty)
+_KERNELS.impl("_copy_from", _copy)

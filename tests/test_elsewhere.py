@@ -1,0 +1,133 @@
+"""Where the weights lie on another device, nothing mixes the two, and every number is the same.
+
+The other device is the processor's own memory under another name (`elsewhere.py`): what a GPU would refuse is
+found without one. How fast a GPU is, and how it rounds, is not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+import zoo
+from elsewhere import elsewhere
+
+import ffnprobe as fp
+from ffnprobe import models, statistics, vocabulary
+from ffnprobe.executors import Inline
+from ffnprobe.models import load_model, plain
+from ffnprobe.report import build
+from ffnprobe.report.analyses import ANALYSES
+from ffnprobe.report.settings import Settings
+
+WIDE = {"gpt2": {"n_inner": 300}, "llama": {"intermediate_size": 300}}
+KINDS = [
+    "CoActivation",
+    "FiringRate",
+    "Magnitudes",
+    "Marginals",
+    "Moments",
+    "Sample",
+    "SketchedMoments",
+    "TopActivations",
+]
+BUDGETS = {"exact": 2**30, "sketched": 800_000}
+
+
+@pytest.fixture
+def there(monkeypatch):
+    """Within it, models are loaded elsewhere. Fused attention and sparse products have no stand-in on either."""
+    attention = models._attention
+    monkeypatch.setattr(models, "_attention", lambda hf, kind: attention(hf, "eager"))
+    monkeypatch.setattr(vocabulary, "_narrow_is_faster", lambda *_: False)
+
+    @contextmanager
+    def moved() -> Iterator[torch.device]:
+        with pytest.MonkeyPatch.context() as patch, elsewhere() as device:
+            patch.setattr(build, "load_model", partial(load_model, device=device))
+            yield device
+
+    return moved
+
+
+def test_the_other_device_refuses_what_lies_here(there):
+    with there() as device:
+        here = torch.ones(3)
+        moved = here.to(device)
+        assert (moved + 1).device == (moved @ moved).device == device and (moved + 1).cpu().tolist() == [2, 2, 2]
+        for mixing in (lambda: moved + here, lambda: here @ moved, lambda: torch.cat([here, moved])):
+            with pytest.raises(RuntimeError, match="tensors on two devices"):
+                mixing()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_statistic_lies_beside_its_rows_and_says_the_same(kind, there):
+    rows = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    with there() as device:
+        one, other = (_fed(kind, rows.to(where)) for where in ("cpu", device))
+        for name, tensor in other.tensors().items():
+            assert tensor.device == device or not tensor.ndim
+            torch.testing.assert_close(tensor.cpu(), one.tensors()[name])
+        back = other.to(torch.device("cpu"))
+        assert all(tensor.device.type == "cpu" for tensor in back.tensors().values())
+        assert back.to(torch.device("cpu")) is back
+
+
+def _fed(kind: str, rows: torch.Tensor) -> statistics.Statistic:
+    statistic, at = getattr(statistics, kind).about(rows[:60]), torch.arange(len(rows)).to(rows.device)
+    for some in (slice(200), slice(200, None)):
+        statistic.update(rows[some], at[some])
+    return statistic
+
+
+@pytest.mark.usefixtures("sketched")
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_ranks_and_regressions_say_the_same(budget, there, tmp_path):
+    few = ("hidden_rank", "nonlinearity", "interactions", "contraction")
+    tables = _compare("llama", there, tmp_path, layers=(1,), budget=BUDGETS[budget], analyzers=few)
+    assert (tables["hidden_rank"]["sketch"].max() > 0) == (budget == "sketched")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("sketched")
+@pytest.mark.parametrize("architecture", WIDE)
+def test_every_analyzer_says_the_same(architecture, there, tmp_path):
+    _compare(architecture, there, tmp_path)
+
+
+FAMILIES = {
+    "claims_family": {},
+    "contraction_family": {"held_out": 512},
+    "expansion": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_says_the_same(name, there):
+    def measured(device):
+        load = partial(load_model, device=device)
+        specs = ["tiny-x1", "tiny-swiglu-x1"]
+        return getattr(fp, name)(specs, fp.load_corpus(), tokens=2048, load=load, **FAMILIES[name]).to_frame()
+
+    one = measured("cpu")
+    with there() as device:
+        other = measured(device)
+    pd.testing.assert_frame_equal(other, one, rtol=1e-6, atol=1e-9)
+
+
+def _compare(architecture, there, tmp_path, **more):
+    folder = zoo.save(architecture, tmp_path / "model", **WIDE[architecture])
+    settings = Settings(str(folder), tokens=1024, batch=2, shard=512, **more)
+    build.build_report(settings, tmp_path / "here", Inline(1))
+    with there() as device:
+        assert {weight.device for weight in plain(build.work_of(settings, print).model).parameters()} == {device}
+        build.build_report(settings, tmp_path / "there", Inline(1))
+    tables = {path.stem: pd.read_parquet(path) for path in (tmp_path / "here" / "tables").iterdir()}
+    assert len(tables) >= len(settings.analyzers or ANALYSES)
+    for name, table in tables.items():
+        other = pd.read_parquet(tmp_path / "there" / "tables" / f"{name}.parquet")
+        pd.testing.assert_frame_equal(other, table, rtol=1e-6, atol=1e-9)
+    return tables
