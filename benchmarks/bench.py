@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ffnprobe as fp
 from ffnprobe.corpus import Tokens
-from ffnprobe.models import Model
+from ffnprobe.models import Model, plain
 
 Run = Callable[[int], object]  # of one round
 
@@ -21,13 +22,15 @@ MODELS = ("smollm2-135m", "gpt2-random")
 BATCH, LENGTH = 8, 256
 
 
-def load(name: str) -> Model:
-    """SmolLM2-135M, or GPT-2 small with random weights and the same tokenizer."""
-    smollm2 = fp.load_model("smollm2-135m")
+def load(name: str, dtype: str = "float32") -> Model:
+    """SmolLM2-135M, or GPT-2 small with random weights and the same tokenizer; on the GPU if there is one."""
+    smollm2 = fp.load_model("smollm2-135m", dtype=dtype)
     if name == "smollm2-135m":
         return smollm2
     torch.manual_seed(0)
-    return fp.load_model(GPT2LMHeadModel(GPT2Config()), tokenizer=fp.tokenizer_of(smollm2))
+    random: Any = GPT2LMHeadModel(GPT2Config())
+    random.to(plain(smollm2).device, plain(smollm2).dtype)
+    return fp.load_model(random, tokenizer=fp.tokenizer_of(smollm2))
 
 
 def tokens_for(model: Model, tokens: int) -> Tokens:
@@ -54,10 +57,18 @@ def ratios(rounds: int, against: Run, runs: Mapping[str, Run]) -> dict[str, tupl
 
 
 def seconds(run: Run, round_: int) -> float:
-    """How long it takes."""
-    started = time.perf_counter()
+    """How long it takes; on a GPU by its own clock, and what was asked of it before is not counted."""
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        run(round_)
+        return time.perf_counter() - started
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
     run(round_)
-    return time.perf_counter() - started
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1000
 
 
 def resident(which: str = "VmRSS") -> int:
@@ -76,9 +87,9 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return (
-        f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{gpu}{cpu}, {torch.get_num_threads()} threads, {versions}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

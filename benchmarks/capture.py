@@ -1,6 +1,6 @@
 """What does it cost to measure while the model runs? Ratios to the bare forward pass, all layers at once.
 
-python benchmarks/capture.py [--model smollm2-135m|gpt2-random] [--rounds N]
+python benchmarks/capture.py [--model smollm2-135m|gpt2-random] [--rounds N] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -94,15 +94,18 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--model", choices=MODELS, action="append")
     arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--dtype", default="float32")
     given = arguments.parse_args()
     limits: dict[str, Sequence[object]] = {NOTHING: (1.05, 1.05)}
     limits |= {rung: limit for rung, (_, limit) in RUNGS.items()}
     print(machine())
     for name in given.model or MODELS:
-        model = load(name)
-        ids = tokens_for(model, (given.rounds + 1) * BATCH * LENGTH).ids.split(BATCH)
+        model = load(name, given.dtype)
+        packed = tokens_for(model, (given.rounds + 1) * BATCH * LENGTH)
+        ids = packed.ids.to(plain(model).device).split(BATCH)
 
-        print(f"\n{name}, {given.rounds} rounds of {BATCH} x {LENGTH} tokens, ratio to the bare forward pass\n")
+        print(f"\n{name} in {given.dtype}, {given.rounds} rounds of {BATCH} x {LENGTH} tokens")
+        print("ratio to the bare forward pass\n")
         rows = [
             [what, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", limits.get(what, ["", ""])[MODELS.index(name)]]
             for runs in (runs_of(model, ids), today(model, ids))
