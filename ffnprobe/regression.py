@@ -114,7 +114,7 @@ class HeldOut:
 def held_out(parts: Sequence[Paired], maps: Sequence[AffineMap]) -> HeldOut:
     """How well the map of each of two parts does on the other one."""
     error = torch.stack([mean_square_error(found, p) for found, p in zip(reversed(maps), parts, strict=True)])
-    n = error.new_tensor([part.n for part in parts], dtype=torch.float64)
+    n = torch.tensor([part.n for part in parts], dtype=torch.float64, device=error.device)
     return HeldOut(n, error, torch.stack([part.variance for part in parts]))
 
 

@@ -1,4 +1,4 @@
-"""A second device, played by the processor: what mixes the two fails, as it does on a GPU."""
+"""Other devices, played by the processor: what mixes two of them fails, as it does on GPUs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("elsewhere")
-ELSEWHERE = torch.device("elsewhere:0")
+FIRST, SECOND = torch.device("elsewhere:0"), torch.device("elsewhere:1")
 _aten = torch.ops.aten
-_CARRYING = {_aten._to_copy.default, _aten.copy_.default}  # from one device to the other
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}  # by what lies anywhere
 _IN_PLACE = (torch.matmul, Tensor.matmul, Tensor.__matmul__)  # of a vector: they change a shape in place
 
@@ -24,7 +23,7 @@ _IN_PLACE = (torch.matmul, Tensor.matmul, Tensor.__matmul__)  # of a vector: the
 class Elsewhere(Tensor):
     """A tensor that says it lies elsewhere."""
 
-    def __new__(cls, inner: Tensor) -> Elsewhere:
+    def __new__(cls, inner: Tensor, device: torch.device) -> Elsewhere:
         with torch.inference_mode(False):
             return Tensor._make_wrapper_subclass(
                 cls,
@@ -32,10 +31,10 @@ class Elsewhere(Tensor):
                 strides=inner.stride(),
                 storage_offset=inner.storage_offset(),
                 dtype=inner.dtype,
-                device=ELSEWHERE,
+                device=device,
             )
 
-    def __init__(self, inner: Tensor) -> None:
+    def __init__(self, inner: Tensor, device: torch.device) -> None:
         self.inner = inner
 
     @classmethod
@@ -48,9 +47,9 @@ class Elsewhere(Tensor):
 
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
-    """Within it, tensors may be made on the other device."""
+    """Within it, tensors may be made on the other devices; it gives the first."""
     with _Device(), _Vectors():
-        yield ELSEWHERE
+        yield FIRST
 
 
 class _Device(TorchDispatchMode):
@@ -70,36 +69,51 @@ class _Vectors(TorchFunctionMode):
         if func is torch.nn.functional.linear and args[0].ndim == 1:
             return func(args[0][None], *args[1:], **kwargs)[0]
         if func in (torch.quantile, Tensor.quantile) and isinstance(args[0], Elsewhere):
-            return Elsewhere(func(args[0].inner, *args[1:], **kwargs))
+            return Elsewhere(func(args[0].inner, *args[1:], **kwargs), args[0].device)
         return func(*args, **kwargs)
 
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, Elsewhere)]
+    places = {x.device for x in there}
     here = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
-    anywhere = func in _CARRYING or (func in _INDEXING and isinstance(args[0], Elsewhere))
-    if there and here and not anywhere:
-        raise RuntimeError(f"{func} got tensors on two devices, of shapes {[tuple(x.shape) for x in tensors]}")
-    target = kwargs.get("device")
-    if target is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
+    if func in _INDEXING and isinstance(args[0], Elsewhere):
+        here = []
+    target = kwargs.get("device") or next((x for x in args if isinstance(x, torch.device)), None)
+    if len(places) + bool(there and here) > 1 and func is not _aten.copy_.default and target is None:
+        at = [(tuple(x.shape), str(x.device)) for x in tensors]
+        raise RuntimeError(f"{func} got tensors on two devices: {at}")
+    args, kwargs = tree_map(_inside, (args, kwargs))
     kwargs.pop("pin_memory", None)
-    inner_args, inner = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs))
-    found = func(*inner_args, **inner)
+    found = func(*args, **kwargs)
     if func is _aten.copy_.default:
-        return args[0]
-    if not (there if target is None else torch.device(target).type == ELSEWHERE.type):
+        return tensors[0]
+    if target is not None:
+        places = {_numbered(target)} if torch.device(target).type == FIRST.type else set()
+        if any(found is x.inner for x in there if x.device not in places):
+            found = found.clone()  # where it came from is other memory
+    if not places:
         return found
-    changed = {id(x.inner): x for x in there}
     assert all(x.shape == x.inner.shape for x in there), f"{func} changes a shape in place, which is not played"
-    return tree_map(lambda x: _outside(x, changed) if isinstance(x, Tensor) else x, found)
+    (device,), changed = places, {id(x.inner): x for x in there if x.device in places}
+
+    def outside(inner: Tensor) -> Elsewhere:
+        if isinstance(inner, Elsewhere):  # one of the kernels below made it
+            return inner
+        return changed[id(inner)] if id(inner) in changed else Elsewhere(inner, device)
+
+    return tree_map(lambda x: outside(x) if isinstance(x, Tensor) else x, found)
 
 
-def _outside(inner: Tensor, changed: dict[int, Elsewhere]) -> Elsewhere:
-    if isinstance(inner, Elsewhere):  # one of the kernels below made it
-        return inner
-    return changed[id(inner)] if id(inner) in changed else Elsewhere(inner)
+def _inside(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    return x.inner if isinstance(x, Elsewhere) else x
+
+
+def _numbered(device: str | torch.device) -> torch.device:
+    return torch.device(FIRST.type, torch.device(device).index or 0)
 
 
 def _copy(source: Tensor, to: Elsewhere, non_blocking: bool = False) -> Elsewhere:
@@ -107,12 +121,12 @@ def _copy(source: Tensor, to: Elsewhere, non_blocking: bool = False) -> Elsewher
     return to
 
 
-def _empty_strided(size, stride, dtype=None, **_) -> Elsewhere:
-    return Elsewhere(torch.empty_strided(size, stride, dtype=dtype))
+def _empty_strided(size, stride, dtype=None, device=FIRST, **_) -> Elsewhere:
+    return Elsewhere(torch.empty_strided(size, stride, dtype=dtype), _numbered(device))
 
 
-def _empty(size, dtype=None, **_) -> Elsewhere:
-    return Elsewhere(torch.empty(size, dtype=dtype))
+def _empty(size, dtype=None, device=FIRST, **_) -> Elsewhere:
+    return Elsewhere(torch.empty(size, dtype=dtype), _numbered(device))
 
 
 _KERNELS = torch.library.Library("aten", "IMPL", "PrivateUse1")  # for torch.tensor, which no mode sees

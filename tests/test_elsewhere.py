@@ -1,6 +1,6 @@
-"""Where the weights lie on another device, nothing mixes the two, and every number is the same.
+"""Where the weights lie on other devices, nothing mixes two of them, and every number is the same.
 
-The other device is the processor's own memory under another name (`elsewhere.py`): what a GPU would refuse is
+The other devices are the processor's own memory under other names (`elsewhere.py`): what a GPU would refuse is
 found without one. How fast a GPU is, and how it rounds, is not.
 """
 
@@ -12,12 +12,15 @@ import pandas as pd
 import pytest
 import torch
 import zoo
-from elsewhere import elsewhere
+from accelerate import dispatch_model
+from elsewhere import FIRST, SECOND, elsewhere
+from test_placement import places
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ffnprobe as fp
 from ffnprobe import models, statistics, vocabulary
 from ffnprobe.executors import Inline
-from ffnprobe.models import load_model, plain
+from ffnprobe.models import ffns, load_model
 from ffnprobe.report import build
 from ffnprobe.report.analyses import ANALYSES
 from ffnprobe.report.settings import Settings
@@ -44,15 +47,15 @@ def there(monkeypatch):
     monkeypatch.setattr(vocabulary, "_narrow_is_faster", lambda *_: False)
 
     @contextmanager
-    def moved() -> Iterator[torch.device]:
+    def moved(load=None) -> Iterator[torch.device]:
         with pytest.MonkeyPatch.context() as patch, elsewhere() as device:
-            patch.setattr(build, "load_model", partial(load_model, device=device))
+            patch.setattr(build, "load_model", load or partial(load_model, device=device))
             yield device
 
     return moved
 
 
-def test_the_other_device_refuses_what_lies_here(there):
+def test_another_device_refuses_what_lies_here(there):
     with there() as device:
         here = torch.ones(3)
         moved = here.to(device)
@@ -60,6 +63,10 @@ def test_the_other_device_refuses_what_lies_here(there):
         for mixing in (lambda: moved + here, lambda: here @ moved, lambda: torch.cat([here, moved])):
             with pytest.raises(RuntimeError, match="tensors on two devices"):
                 mixing()
+        with pytest.raises(RuntimeError, match="tensors on two devices"):
+            moved + moved.to(SECOND)
+        moved.to(SECOND).zero_()
+        assert moved.cpu().tolist() == here.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,6 +104,21 @@ def test_every_analyzer_says_the_same(architecture, there, tmp_path):
     _compare(architecture, there, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("sketched")
+def test_layers_on_two_devices_say_the_same(there, tmp_path):
+    def spread(folder, **_):
+        hf = AutoModelForCausalLM.from_pretrained(folder).eval()
+        at = places(hf, str(FIRST)) | {"transformer.h.2": str(SECOND), "transformer.ln_f": str(SECOND)}
+        return load_model(
+            dispatch_model(hf, at, force_hooks=True), tokenizer=AutoTokenizer.from_pretrained(folder)
+        )
+
+    backward = ("knockout", "gradient_flow")  # one device is all that gradients are played on
+    few = tuple(name for name in ANALYSES if name not in ("neuron_clusters", "cluster_labels", *backward))
+    _compare("gpt2", partial(there, spread), tmp_path, {FIRST, SECOND}, analyzers=few)
+
+
 FAMILIES = {
     "claims_family": {},
     "contraction_family": {"held_out": 512},
@@ -118,12 +140,13 @@ def test_a_family_says_the_same(name, there):
     pd.testing.assert_frame_equal(other, one, rtol=1e-6, atol=1e-9)
 
 
-def _compare(architecture, there, tmp_path, **more):
+def _compare(architecture, there, tmp_path, devices=frozenset({FIRST}), **more):
     folder = zoo.save(architecture, tmp_path / "model", **WIDE[architecture])
     settings = Settings(str(folder), tokens=1024, batch=2, shard=512, **more)
     build.build_report(settings, tmp_path / "here", Inline(1))
-    with there() as device:
-        assert {weight.device for weight in plain(build.work_of(settings, print).model).parameters()} == {device}
+    with there():
+        model = build.work_of(settings, print).model
+        assert {ffn.keys.device for ffn in ffns(model)} == devices
         build.build_report(settings, tmp_path / "there", Inline(1))
     tables = {path.stem: pd.read_parquet(path) for path in (tmp_path / "here" / "tables").iterdir()}
     assert len(tables) >= len(settings.analyzers or ANALYSES)
