@@ -101,8 +101,10 @@ def not_finite(
         ModelRefused: there is one, and the policy is to stop.
     """
     bad = torch.zeros(len(read["post"]), dtype=torch.bool, device=read["post"].device)
-    for site in sorted(sites):
-        if not torch.isfinite(read[site].sum()):  # one pass; a sum may also overflow, so look again
+    names = sorted(sites)
+    sums = torch.stack([read[site].sum().float() for site in names])  # looked at once: a GPU is waited for
+    for site, fine in zip(names, torch.isfinite(sums).tolist(), strict=True):
+        if not fine:  # a sum may also overflow, so look again
             found = ~torch.isfinite(read[site]).all(dim=1)
             bad |= found
             if policy == "stop" and found.any():

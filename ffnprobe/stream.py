@@ -260,11 +260,10 @@ def _check_sites(sites: Sequence[str], chosen: Sequence[Tap]) -> None:
 
 
 def _activations(tap, read, sites, rows, tokens: Tokens, sinks: Sinks, nonfinite: str) -> Activations:
+    bad = not_finite(tap, read, {*sites, "residual", "post"}, rows, tokens, nonfinite)
+    sink, bad = torch.stack([sinks.find(tap, read), bad]).cpu()
     kind = 2 * tokens.special[rows].flatten().long()
-    kind[sinks.find(tap, read).cpu()] = KINDS.index("sink")
-    kind[not_finite(tap, read, {*sites, "residual", "post"}, rows, tokens, nonfinite).cpu()] = KINDS.index(
-        "nonfinite"
-    )
+    kind[sink], kind[bad] = KINDS.index("sink"), KINDS.index("nonfinite")
     return Activations(tap.layer, flat_index(rows, tokens), kind, {site: read[site] for site in sites})
 
 
