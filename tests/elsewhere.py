@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("elsewhere")
-FIRST, SECOND = torch.device("elsewhere:0"), torch.device("elsewhere:1")
+FIRST, SECOND = torch.device("privateuseone:0"), torch.device("privateuseone:1")
 _aten = torch.ops.aten
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}  # by what lies anywhere
 _IN_PLACE = (torch.matmul, Tensor.matmul, Tensor.__matmul__)  # of a vector: they change a shape in place
@@ -48,8 +48,20 @@ class Elsewhere(Tensor):
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
     """Within it, tensors may be made on the other devices; it gives the first."""
+    _begin()
     with _Device(), _Vectors():
         yield FIRST
+
+
+@cache
+def _begin() -> torch.library.Library:
+    """Tell torch of the devices, once in a process; what is returned must be kept."""
+    _setup_privateuseone_for_python_backend("elsewhere")
+    kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")  # for torch.tensor, which no mode sees
+    kernels.impl("empty_strided", _empty_strided)
+    kernels.impl("empty.memory_format", _empty)
+    kernels.impl("_copy_from", _copy)
+    return kernels
 
 
 class _Device(TorchDispatchMode):
@@ -77,7 +89,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, Elsewhere)]
     places = {x.device for x in there}
-    here = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
+    scalar = torch.Tag.pointwise in func.tags  # takes a single number from main memory
+    here = [x for x in tensors if not isinstance(x, Elsewhere) and (x.ndim or not scalar)]
     if func in _INDEXING and isinstance(args[0], Elsewhere):
         here = []
     target = kwargs.get("device") or next((x for x in args if isinstance(x, torch.device)), None)
@@ -127,9 +140,3 @@ def _empty_strided(size, stride, dtype=None, device=FIRST, **_) -> Elsewhere:
 
 def _empty(size, dtype=None, device=FIRST, **_) -> Elsewhere:
     return Elsewhere(torch.empty(size, dtype=dtype), _numbered(device))
-
-
-_KERNELS = torch.library.Library("aten", "IMPL", "PrivateUse1")  # for torch.tensor, which no mode sees
-_KERNELS.impl("empty_strided", _empty_strided)
-_KERNELS.impl("empty.memory_format", _empty)
-_KERNELS.impl("_copy_from", _copy)

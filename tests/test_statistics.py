@@ -377,6 +377,18 @@ def test_co_activation_correlates_magnitudes_as_torch_does(keep):
     )
 
 
+@pytest.mark.parametrize("level", [0.0, 0.3, -2.7])
+def test_a_neuron_that_has_fallen_still_since_the_pilot_correlates_with_none(level):
+    x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(8))
+    co = CoActivation.about(x[:60], keep="magnitudes")
+    x[:, 1] = level
+    for part in x.split(300):
+        co.update(part, torch.arange(len(part)))
+    found = co.compute().magnitude_correlation()
+    assert found[1].isnan().all() and found[:, 1].isnan().all()
+    assert abs(float(found[0, 2]) - float(x[:, [0, 2]].abs().T.corrcoef()[0, 1])) < 1e-5
+
+
 @pytest.mark.parametrize(("kept", "asked"), [("counts", "magnitudes"), ("magnitudes", "counts")])
 def test_co_activation_says_what_it_did_not_keep_and_keeps_no_room_for_it(kept, asked):
     co = CoActivation.about(X, keep=kept)

@@ -12,6 +12,7 @@ from . import triangle
 from .base import IN_CACHE, Statistic, no_tokens
 
 KEEP = ("counts", "magnitudes", "both")
+ROUNDING = 1e-5  # of sums of squares in float32: a variance that is less of them is that of a constant
 
 
 @dataclass(frozen=True)
@@ -108,5 +109,9 @@ class CoActivation(Statistic):
             both = triangle.square(self._state["both"], d)
         if len(self._state["S"]):
             mean = self._state["s"] / self.n
-            covariance = (triangle.square(self._state["S"], d) / self.n).addr_(mean, mean, alpha=-1)
+            covariance = triangle.square(self._state["S"], d) / self.n
+            rounding = ROUNDING * covariance.diagonal()
+            covariance = covariance.addr_(mean, mean, alpha=-1)
+            still = covariance.diagonal() < rounding
+            covariance[still] = covariance[:, still] = 0
         return CoActive(self.n, both, covariance)
