@@ -5,8 +5,10 @@ found without one. How fast a GPU is, and how it rounds, is not.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 
 import pandas as pd
 import pytest
@@ -39,20 +41,28 @@ KINDS = [
 BUDGETS = {"exact": 2**30, "sketched": 800_000}
 
 
-@pytest.fixture
-def there(monkeypatch):
-    """Within it, models are loaded elsewhere. Fused attention and sparse products have no stand-in on either."""
+@contextmanager
+def moved(load=None) -> Iterator[torch.device]:
+    """Within it, reports load their model elsewhere."""
+    with pytest.MonkeyPatch.context() as patch, elsewhere() as device:
+        patch.setattr(build, "load_model", load or partial(load_model, device=device))
+        yield device
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Fused attention and sparse products have no stand-in elsewhere, and are not used here either then."""
     attention = models._attention
-    monkeypatch.setattr(models, "_attention", lambda hf, kind: attention(hf, "eager"))
-    monkeypatch.setattr(vocabulary, "_narrow_is_faster", lambda *_: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "_attention", lambda hf, kind: attention(hf, "eager"))
+        patch.setattr(vocabulary, "_narrow_is_faster", lambda *_: False)
+        yield
 
-    @contextmanager
-    def moved(load=None) -> Iterator[torch.device]:
-        with pytest.MonkeyPatch.context() as patch, elsewhere() as device:
-            patch.setattr(build, "load_model", load or partial(load_model, device=device))
-            yield device
 
-    return moved
+@pytest.fixture
+def there():
+    with alike():
+        yield moved
 
 
 def test_another_device_refuses_what_lies_here(there):
@@ -98,10 +108,9 @@ def test_ranks_and_regressions_say_the_same(budget, there, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("architecture", WIDE)
-def test_every_analyzer_says_the_same(architecture, there, tmp_path):
-    _compare(architecture, there, tmp_path)
+def test_every_analyzer_says_the_same(architecture, tmp_path):
+    _alone(_compare, architecture, moved, tmp_path)
 
 
 @pytest.mark.slow
@@ -128,16 +137,37 @@ FAMILIES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_says_the_same(name, there):
+def test_a_family_says_the_same(name):
+    _alone(_compare_family, name)
+
+
+def _compare_family(name):
     def measured(device):
         load = partial(load_model, device=device)
         specs = ["tiny-x1", "tiny-swiglu-x1"]
         return getattr(fp, name)(specs, fp.load_corpus(), tokens=2048, load=load, **FAMILIES[name]).to_frame()
 
     one = measured("cpu")
-    with there() as device:
+    with moved() as device:
         other = measured(device)
     pd.testing.assert_frame_equal(other, one, rtol=1e-6, atol=1e-9)
+
+
+def _alone(function, *given):
+    """In a process of its own: torch counts the devices that gradients flow on at the first gradient."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_first) as pool:
+        pool.submit(_alike, function, *given).result()
+
+
+def _first():
+    torch.set_num_threads(1)
+    with elsewhere():
+        pass
+
+
+def _alike(function, *given):
+    with alike():
+        function(*given)
 
 
 def _compare(architecture, there, tmp_path, devices=frozenset({FIRST}), **more):
