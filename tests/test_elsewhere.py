@@ -100,7 +100,7 @@ def _fed(kind: str, rows: torch.Tensor) -> statistics.Statistic:
 
 
 @pytest.mark.usefixtures("sketched")
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", [pytest.param("exact", marks=pytest.mark.slow), "sketched"])
 def test_ranks_and_regressions_say_the_same(budget, there, tmp_path):
     few = ("hidden_rank", "nonlinearity", "interactions", "contraction")
     tables = _compare("llama", there, tmp_path, layers=(1,), budget=BUDGETS[budget], analyzers=few)
