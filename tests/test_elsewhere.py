@@ -27,6 +27,8 @@ from ffnprobe.report import build
 from ffnprobe.report.analyses import ANALYSES
 from ffnprobe.report.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"gpt2": {"n_inner": 300}, "llama": {"intermediate_size": 300}}
 KINDS = [
     "CoActivation",
@@ -100,20 +102,18 @@ def _fed(kind: str, rows: torch.Tensor) -> statistics.Statistic:
 
 
 @pytest.mark.usefixtures("sketched")
-@pytest.mark.parametrize("budget", [pytest.param("exact", marks=pytest.mark.slow), "sketched"])
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_ranks_and_regressions_say_the_same(budget, there, tmp_path):
     few = ("hidden_rank", "nonlinearity", "interactions", "contraction")
     tables = _compare("llama", there, tmp_path, layers=(1,), budget=BUDGETS[budget], analyzers=few)
     assert (tables["hidden_rank"]["sketch"].max() > 0) == (budget == "sketched")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", WIDE)
 def test_every_analyzer_says_the_same(architecture, tmp_path):
     _alone(_compare, architecture, moved, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("sketched")
 def test_layers_on_two_devices_say_the_same(there, tmp_path):
     def spread(folder, **_):
@@ -135,7 +135,6 @@ FAMILIES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_says_the_same(name):
     _alone(_compare_family, name)
